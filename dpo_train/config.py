@@ -1,0 +1,355 @@
+"""Configuration: frozen dataclasses, one per stage, decoded strictly from YAML and ``section.key=value`` overrides.
+
+    YAML text --parse--> dict --override--> dict --decode--> RunConfig      (an error names the key and what to write)
+
+Every field carries its help text, from which ``dpo init`` and docs/config.md are written.
+``compute`` and ``tracking`` say where a run happens; they never change what it computes, so they are no part of the
+identity of an output (see artifacts.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dpo_train.errors import ConfigError
+
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with a help text; without a default the key is required."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is aligned. Its untrained weights are also the reference."""
+
+    __pydantic_config__ = STRICT
+
+    path: str = option(help="folder in the Hugging Face layout (safetensors), or a hub name")
+    trust_remote_code: bool = option(False, "run Python code that ships with the model; leave off unless you wrote it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """raw data -> validated, tokenised, split pairs"""
+
+    __pydantic_config__ = STRICT
+
+    path: str = option(help="a .jsonl or .parquet file, or a folder of them, with prompt, chosen and rejected")
+    group_key: str | None = option(None, "field whose value keeps records in one split; default: the prompt")
+    validation_fraction: Fraction = option(0.1, "share of the groups kept apart for choosing beta")
+    heldout_fraction: Fraction = option(0.1, "share of the groups kept apart for the final evaluation")
+    max_train_pairs: Count | None = option(None, "use at most this many training pairs (a seeded choice); default: all")
+    max_validation_pairs: Count | None = option(None, "the same for validation")
+    max_heldout_pairs: Count | None = option(None, "the same for held-out pairs")
+    max_prompt_tokens: Count = option(1024, "a longer prompt is rejected")
+    max_answer_tokens: Count = option(512, "a longer answer is cut at its end, and counted")
+    template: Literal["chat", "plain"] = option(
+        "chat", "chat: the tokenizer's chat template; plain: the prompt's text as it is, continued by the answer"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """pairs -> pairs with the reference's per-token log-probs"""
+
+    __pydantic_config__ = STRICT
+
+    row_tokens: Count = option(1024, "tokens per packed row while scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) instead of full fine-tuning."""
+
+    __pydantic_config__ = STRICT
+
+    rank: Count = option(16, "rank of the update")
+    alpha: Positive = option(32.0, "the update is scaled by alpha / rank")
+    target_modules: Annotated[tuple[str, ...], Len(1)] | Literal["all-linear"] = option(
+        "all-linear", "names of the modules that get an adapter"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """scored pairs -> policy"""
+
+    __pydantic_config__ = STRICT
+
+    loss: Literal["sigmoid", "hinge", "ipo"] = option("sigmoid", "preference loss (see dpo_train/core/loss.py)")
+    beta: Positive = option(0.1, "strength of the pull towards the reference; a sweep overrides it")
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = option(
+        0.0, "assumed share of wrong labels (cDPO); sigmoid only"
+    )
+    learning_rate: Positive = option(5e-7, "peak learning rate; about 1e-6 for full fine-tuning, 1e-4 for LoRA")
+    optimizer: Literal["adamw", "rmsprop"] = option("adamw", "rmsprop is the DPO paper's")
+    weight_decay: Annotated[float, Ge(0)] = option(0.0, "decoupled weight decay (adamw)")
+    schedule: Literal["constant", "linear", "cosine"] = option("linear", "after the warm-up")
+    warmup_steps: Annotated[int, Ge(0)] = option(10, "steps of linear warm-up")
+    max_grad_norm: Positive = option(1.0, "gradients are scaled down to this global norm")
+    batch_pairs: Count = option(64, "pairs of one optimiser step, over all workers")
+    epochs: Count = option(1, "passes over the training pairs")
+    max_steps: Count | None = option(None, "stop after this many steps; default: all epochs")
+    row_tokens: Count = option(1024, "tokens per packed row; one row is one micro-batch")
+    checkpoint_steps: Count = option(50, "save what a resume needs every so many steps")
+    evaluate_steps: Count = option(50, "measure the validation pairs every so many steps, and at the end")
+    lora: LoraConfig | None = option(None, "train adapters; null: all weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """scored pairs -> the beta to train with, chosen on validation pairs"""
+
+    __pydantic_config__ = STRICT
+
+    betas: tuple[Positive, ...] = option((), "betas to try; empty: no sweep, train.beta is used")
+    max_steps: Count | None = option(None, "steps of a trial; default: as long as the training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Rules that a report must pass before its model is registered."""
+
+    __pydantic_config__ = STRICT
+
+    min_accuracy: Annotated[float, Ge(0), Le(1)] = option(
+        0.5, "the lower 95 % bound of held-out accuracy must lie above this"
+    )
+    min_margin: float = option(0.0, "the held-out mean reward margin must lie above this")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """policy and held-out pairs -> report with a verdict"""
+
+    __pydantic_config__ = STRICT
+
+    num_samples: Annotated[int, Ge(0)] = option(3, "held-out prompts answered by the reference and by the policy")
+    max_sample_tokens: Count = option(64, "longest sampled answer")
+    min_heldout_pairs: Count = option(100, "refuse to judge on fewer held-out pairs")
+    row_tokens: Count = option(1024, "tokens per packed row while scoring")
+    gate: GateConfig = field(default_factory=GateConfig, metadata={"help": "rules for the registration"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """report and policy -> model version"""
+
+    __pydantic_config__ = STRICT
+
+    model_name: str = option("dpo-policy", "name of the registered model in MLflow")
+    alias: str = option("challenger", "alias that the new version gets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and how wide stages run. Never part of an output's identity."""
+
+    __pydantic_config__ = STRICT
+
+    executor: Literal["ray", "local"] = option("ray", "ray: Ray Data, Train and Tune; local: in this process, one rank")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
+    workers: Count = option(1, "training workers; with GPUs at most one per GPU")
+    data_workers: Count = option(2, "workers for preparing, scoring and sampling")
+    max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. Never part of an output's identity."""
+
+    __pydantic_config__ = STRICT
+
+    uri: str | None = option(None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in the store")
+    experiment: str = option("dpo", "MLflow experiment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one pipeline run needs."""
+
+    __pydantic_config__ = STRICT
+
+    store: str = option("dpo-store", "folder that holds every output, at <store>/<stage>/<digest>")
+    seed: int = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
+    model: ModelConfig = field(metadata={"help": "the model to align"})
+    prepare: PrepareConfig = field(metadata={"help": "raw data to pairs"})
+    score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"help": "reference log-probs"})
+    sweep: SweepConfig = field(default_factory=SweepConfig, metadata={"help": "choice of beta"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the DPO training"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"help": "held-out evaluation"})
+    register: RegisterConfig = field(default_factory=RegisterConfig, metadata={"help": "MLflow registration"})
+    compute: ComputeConfig = field(default_factory=ComputeConfig, metadata={"help": "where it runs"})
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={"help": "MLflow tracking"})
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies ``section.key=value`` overrides.
+
+    Relative paths are taken from the current folder and made absolute, because workers run elsewhere.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or has a wrong type or value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The config {path} cannot be read: {error}", fix="give the path of a YAML file; `dpo init` writes one"
+        ) from None
+    return parse_config(text, overrides, origin=str(path))
+
+
+def parse_config(text: str, overrides: typing.Sequence[str] = (), *, origin: str = "the config") -> RunConfig:
+    """The same from YAML (or JSON) text."""
+    tree = _parse_yaml(text, origin)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin} is not a mapping", got=type(tree).__name__, expected="sections such as `model:`")
+    for override in overrides:
+        _apply_override(tree, override)
+    return _absolute(_decode(tree, origin))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types (tuples become lists)."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def to_text(config: RunConfig) -> str:
+    """A config as one line of JSON that ``parse_config`` reads back.
+
+    kfp.local rewrites the text ``python3`` in arguments and takes ``{{$`` for a placeholder; both are written as JSON
+    escapes so that no path or name is damaged on the way into a pipeline step.
+    """
+    text = json.dumps(to_dict(config))
+    return text.replace("python3", "\\u0070ython3").replace("{{$", "\\u007b{$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``5e-7`` is a number, as people mean it (YAML 1.1 reads it as text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("An override cannot be read", got=repr(override), expected="section.key=value")
+    *sections, last = key.strip().split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"The override {override!r} goes through {section!r}, which is a single value")
+        node = child
+    node[last] = _parse_yaml(text, f"the override {override!r}")
+
+
+def _decode(tree: dict[str, Any], origin: str) -> RunConfig:
+    try:
+        # JSON mode keeps strictness and still lets a list be read as a tuple.
+        return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in _leaf_problems(error)]
+        raise ConfigError(f"{origin} has {len(lines)} mistake{'s' * (len(lines) > 1)}: " + "; ".join(lines)) from None
+
+
+def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
+    """One problem per key: a union reports every branch that failed, of which the first says enough."""
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for problem in error.errors(include_url=False):
+        path = tuple(part for part in problem["loc"] if not (isinstance(part, str) and _is_union_tag(part)))
+        seen.setdefault(path, {**problem, "loc": path})
+    return list(seen.values())
+
+
+def _is_union_tag(part: str) -> bool:
+    return not part.isidentifier() or part[0].isupper() or part in {"int", "float", "str", "bool"}
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        known = known_keys()
+        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.split(".")[-1], [k.split(".")[-1] for k in known], n=1
+        )
+        full = next((k for k in known if near and (k == near[0] or k.split(".")[-1] == near[0])), None)
+        return f"unknown key {key!r}" + (f" (did you mean {full!r}?)" if full else "")
+    if problem["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+        return f"{key!r} is required"
+    message = problem["msg"].removeprefix("Input ").removesuffix(".")
+    return f"{key!r} {message}, got {problem['input']!r}"
+
+
+def known_keys() -> list[str]:
+    """Every key of a RunConfig in dotted form."""
+    return [key for key, _ in walk_options()]
+
+
+def walk_options(kind: type = RunConfig, prefix: str = "") -> list[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted key, field) for every option, sections included, in the order of declaration."""
+    hints = typing.get_type_hints(kind)
+    found: list[tuple[str, dataclasses.Field[Any]]] = []
+    for item in dataclasses.fields(kind):
+        found.append((prefix + item.name, item))
+        inner = section_type(hints[item.name])
+        if inner is not None:
+            found.extend(walk_options(inner, f"{prefix}{item.name}."))
+    return found
+
+
+def section_type(hint: Any) -> type | None:
+    """The dataclass behind a field's type (``X`` or ``X | None``), or None for a plain value."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    replace = dataclasses.replace
+    model_path = config.model.path
+    # A hub name ("org/model") stays as it is unless a folder of that name exists here.
+    if model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists():
+        model_path = _absolute_path(model_path)
+    return replace(
+        config,
+        store=_absolute_path(config.store),
+        model=replace(config.model, path=model_path),
+        prepare=replace(config.prepare, path=_absolute_path(config.prepare.path)),
+    )
+
+
+def _absolute_path(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())

@@ -1,0 +1,53 @@
+"""A model's folder and the digests of what lies in it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from dpo_train.artifacts import digest_path
+from dpo_train.errors import ModelError
+
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model: the path itself, or the snapshot of a hub name (downloaded if need be).
+
+    Raises:
+        ModelError: neither a model folder nor a hub name that can be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is not a model folder", expected="config.json, *.safetensors and a tokenizer in it"
+            )
+        return folder
+    if folder.is_absolute():
+        raise ModelError(f"There is no model folder {folder}", fix="set model.path to a folder or a hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"The model {path!r} is neither a folder here nor to be had from the hub ({first_line})",
+            fix="check the name and the network, or download it and give its folder",
+        ) from None
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of everything in the folder: weights, config and tokenizer."""
+    return digest_path(folder)[:32]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Digest of the tokenizer's files alone, so that pairs are not made again when only weights change."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(_TOKENIZER_FILES))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{digest_path(file)}\0".encode())
+    return digest.hexdigest()[:32]

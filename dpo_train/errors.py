@@ -1,0 +1,87 @@
+"""The exception tree: every error a person can meet says what happened, what was got, what was expected, what to do.
+
+Each class names its exit code, which is all that the command line needs to know:
+2 for the user's mistake, 1 for a failed run, 3 for a complete run whose gate refused the model.
+All of them survive pickling, because they cross process borders (Ray workers, pipeline steps).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DpoError(Exception):
+    """Base of all errors raised on purpose. ``str(error)`` is the whole message, ready to print."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        parts = [what.rstrip(".") + "."]
+        if got is not None:
+            parts.append(f"Got: {got}.")
+        if expected is not None:
+            parts.append(f"Expected: {expected}.")
+        if fix is not None:
+            parts.append(f"What to do: {fix.rstrip('.')}.")
+        super().__init__(" ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), str(self))
+
+
+def _rebuild(kind: type[DpoError], message: str) -> DpoError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
+
+
+class UserError(DpoError):
+    """Something the user gave is wrong; nothing was started, nothing was lost."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key is unknown, has a wrong type, or contradicts another."""
+
+
+class DataError(UserError, ValueError):
+    """Preference data cannot be read, or holds nothing to train on."""
+
+
+class ModelError(UserError, ValueError):
+    """A model folder or name cannot be loaded, or the model cannot be trained by this engine."""
+
+
+class StoreError(UserError, OSError):
+    """An output cannot be written or read: no permission, another config's folder, not complete."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+
+class RunError(DpoError, RuntimeError):
+    """A run that was started properly failed."""
+
+
+class DiskFullError(RunError, OSError):
+    """The disk filled up while an output was being written; the output does not count as complete."""
+
+
+class NonFiniteLossError(RunError, ArithmeticError):
+    """The loss became NaN or infinite; the message names the step, the rank and the pairs."""
+
+
+class WorkerError(RunError):
+    """A Ray worker died or raised an error of its own."""
+
+
+class NotLearnedError(RunError):
+    """The trained policy does not prefer the chosen answers on held-out pairs: nothing is registered."""
+
+
+class GateRefusedError(DpoError):
+    """The run is complete, its report is written, and a rule of the gate refused the model."""
+
+    exit_code = 3

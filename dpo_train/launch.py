@@ -1,0 +1,285 @@
+"""Runs stages: the one module that the command line and the Kubeflow components import.
+
+    open_run -> run id                         (MLflow's parent run; the pipeline's first task)
+    run_stage(name, config, inputs) -> Artifact    events, a nested MLflow run, the executor of the config
+    run(config) -> Result                      the whole flow in this process
+
+An artifact travels between stages as its address in the store, so that a pipeline passes no machine path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_train.artifacts import Artifact, digest_path, open_artifact
+from dpo_train.config import RunConfig
+from dpo_train.errors import DpoError
+from dpo_train.progress import ENVIRONMENT_KEY, Reporter
+
+if TYPE_CHECKING:
+    from dpo_train.stages.executor import Executor
+    from dpo_train.tracking import Tracking
+
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "prepare": (),
+    "score_reference": ("prepare",),
+    "sweep": ("score_reference",),
+    "train": ("score_reference", "sweep"),
+    "evaluate": ("score_reference", "train"),
+    "register": ("train", "evaluate"),
+}
+"""Every stage, in order, with the stages whose outputs it reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished flow."""
+
+    artifacts: Mapping[str, Artifact]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Held-out metrics, with their bounds as ``_low`` and ``_high``."""
+        return self.artifacts["evaluate"].record.metrics
+
+    @property
+    def report(self) -> Path:
+        """The report for people."""
+        return self.artifacts["evaluate"].path / "report.html"
+
+    @property
+    def model_uri(self) -> str:
+        """The registered version, for ``mlflow.transformers.load_model``."""
+        return str(self.artifacts["register"].record.details["uri"])
+
+
+def open_run(config: RunConfig, name: str) -> str:
+    """Creates MLflow's parent run and returns its id. Checks what can be checked before anything slow starts."""
+    check_inputs(config)
+    from dpo_train.tracking import Tracking
+
+    return Tracking(config).start_pipeline(name)
+
+
+def check_inputs(config: RunConfig) -> str:
+    """Looks for data and model.
+
+    Returns:
+        digest of the raw data.
+
+    Raises:
+        UserError: one of them is missing, unreadable, or the store cannot be written.
+    """
+    from dpo_train.artifacts import check_writable
+    from dpo_train.data.folder import model_folder
+    from dpo_train.data.sources import list_files
+
+    check_writable(Path(config.store))
+    list_files(Path(config.prepare.path))
+    model_folder(config.model.path)
+    return digest_path(Path(config.prepare.path))[:32]
+
+
+def resolve_device(config: RunConfig) -> RunConfig:
+    """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again."""
+    if config.compute.device != "auto":
+        return config
+    device = "cpu"
+    # Importing torch takes seconds; without a driver's device file there is nothing for it to find.
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
+        from dpo_train.model.load import select_device
+
+        device = select_device("auto").type
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=device))
+
+
+def run(config: RunConfig) -> Result:
+    """The whole flow in this process; complete outputs are reused.
+
+    Raises:
+        DpoError: the user's mistake, a failed stage, or a gate that refused the model.
+    """
+    config = resolve_device(config)
+    run_id = open_run(config, Path(config.store).name)
+    artifacts: dict[str, Artifact] = {}
+    with session(config):
+        for stage, needed in INPUTS.items():
+            inputs = {name: artifacts[name] for name in needed}
+            artifacts[stage] = run_stage(stage, config, inputs, run_id=run_id)
+    return Result(artifacts=artifacts)
+
+
+@contextlib.contextmanager
+def session(config: RunConfig) -> Iterator[None]:
+    """Ray, started once for all stages, if the config wants it."""
+    if config.compute.executor == "local":
+        yield
+        return
+    from dpo_train.runtime.session import ray_session
+
+    with ray_session():
+        yield
+
+
+def stored(config: RunConfig, address: str) -> Artifact:
+    """The complete output at ``<stage>/<digest>`` in the store."""
+    return open_artifact(Path(config.store) / address)
+
+
+def run_stage(
+    stage: str,
+    config: RunConfig,
+    inputs: Mapping[str, Artifact],
+    *,
+    run_id: str | None = None,
+    output: Path | None = None,
+) -> Artifact:
+    """One stage, with its events and its MLflow run.
+
+    Args:
+        inputs: artifacts by the name of their stage, as ``INPUTS`` says.
+        run_id: MLflow's parent run; without, the stage's run stands alone.
+        output: a folder to use instead of the store's address.
+
+    Raises:
+        DpoError: what the stage raised; the parent run is then FAILED.
+    """
+    from dpo_train.tracking import Tracking
+
+    config = resolve_device(config)
+    reporter = Reporter.from_environment(stage)
+    reporter.event("start")
+    start = time.perf_counter()
+    tracking = Tracking(config)
+    stage_run = tracking.start_run(stage, parent=run_id, tags={"dpo.kind": "stage", "dpo.stage": stage})
+    try:
+        with _events() as events, tracking.following(stage_run, events, stage) as logged:
+            artifact = _call(stage, config, inputs, tracking, stage_run, output)
+        _log(tracking, stage_run, artifact, logged)
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        reporter.event("error", message=str(error), error=type(error).__name__, exit_code=exit_code(error))
+        for failed in filter(None, (stage_run, run_id)):
+            tracking.end(failed, status, error)
+        raise
+    tracking.end(stage_run, "FINISHED")
+    if run_id and stage == "register":
+        tracking.end(run_id, "FINISHED")
+    reporter.event(
+        "end",
+        address=artifact.address,
+        path=str(artifact.path),
+        reused=artifact.reused,
+        seconds=time.perf_counter() - start,
+        summary=summary(artifact),
+    )
+    return artifact
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for the user's mistake, 3 for a refusing gate, 130 for Ctrl-C, 1 for everything else."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, DpoError) else 1
+
+
+def summary(artifact: Artifact) -> str:
+    """One line that says what a stage found."""
+    record = artifact.record
+    counts, metrics, details = record.counts, record.metrics, record.details
+    if record.stage == "prepare":
+        splits = ", ".join(f"{counts[f'pairs/{split}']} {split}" for split in ("train", "validation", "heldout"))
+        return f"{counts['records']} records: {splits}, {counts['rejected']} not used"
+    if record.stage == "score_reference":
+        return f"{counts['pairs']} pairs, {counts['tokens']} tokens"
+    if record.stage == "sweep":
+        return f"{counts['trials']} trials, beta {details['beta']:g}" if counts["trials"] else "off"
+    if record.stage == "train":
+        return f"{counts['steps']} steps, loss {metrics['first_loss']:.4f} to {metrics['loss']:.4f}"
+    if record.stage == "evaluate":
+        low, high = metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]
+        return f"accuracy {metrics['heldout/accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{details['model_name']} version {details['version']}"
+
+
+def _call(
+    stage: str,
+    config: RunConfig,
+    inputs: Mapping[str, Artifact],
+    tracking: Tracking,
+    stage_run: str,
+    output: Path | None,
+) -> Artifact:
+    from dpo_train import stages
+
+    executor = _executor(config)
+    calls = {
+        "prepare": functools.partial(stages.prepare, config, executor),
+        "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], executor, **more),
+        "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], executor, **more),
+        "train": lambda **more: stages.train(
+            config, inputs["score_reference"], executor, beta=_swept_beta(inputs), **more
+        ),
+        "evaluate": lambda **more: stages.evaluate(
+            config, inputs["score_reference"], inputs["train"], executor, **more
+        ),
+        "register": lambda **more: stages.register(
+            config, inputs["train"], inputs["evaluate"], tracking, run_id=stage_run, **more
+        ),
+    }
+    artifact: Artifact = calls[stage](output=output)
+    return artifact
+
+
+def _executor(config: RunConfig) -> Executor:
+    if config.compute.executor == "local":
+        from dpo_train.stages.executor import InProcess
+
+        return InProcess()
+    from dpo_train.runtime.executor import RayExecutor
+
+    return RayExecutor(config.compute)
+
+
+def _swept_beta(inputs: Mapping[str, Artifact]) -> float | None:
+    return float(inputs["sweep"].record.details["beta"]) if "sweep" in inputs else None
+
+
+@contextlib.contextmanager
+def _events() -> Iterator[Path]:
+    """The events file of this run; a stage that runs alone gets one of its own."""
+    if path := os.environ.get(ENVIRONMENT_KEY):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dpo-events-") as folder:
+        path = os.environ[ENVIRONMENT_KEY] = str(Path(folder) / "events.jsonl")
+        try:
+            yield Path(path)
+        finally:
+            del os.environ[ENVIRONMENT_KEY]
+
+
+def _log(tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:
+    """Completes the stage's run, and under a sweep adds a run for each trial."""
+    from dpo_train.metrics_file import read_history
+
+    history = read_history(artifact.path / "metrics.jsonl")
+    tracking.log_history(stage_run, [line for line in history if int(line["step"]) not in logged], logged)
+    tracking.log_artifact(stage_run, artifact, history)
+    for folder in sorted((artifact.path / "trials").glob("*")):
+        if (folder / "record.json").is_file() and not artifact.reused:
+            trial = open_artifact(folder)
+            trial_run = tracking.start_run(folder.name, parent=stage_run, tags={"dpo.kind": "trial"})
+            trial_history = read_history(folder / "metrics.jsonl")
+            tracking.log_history(trial_run, trial_history, set())
+            tracking.log_artifact(trial_run, trial, trial_history)
+            tracking.end(trial_run, "FINISHED")

@@ -1,0 +1,30 @@
+"""``metrics.jsonl``: a training's numbers, one line per step. Free of torch, so that reading it is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class History:
+    """``metrics.jsonl``: one line per step."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        kept = [line for line in read_history(path) if line["step"] < start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

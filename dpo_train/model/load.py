@@ -1,0 +1,211 @@
+"""Policies from model folders, with or without adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_train.config import LoraConfig, ModelConfig
+from dpo_train.data.folder import model_folder
+from dpo_train.errors import ModelError
+
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+
+
+@dataclass
+class Policy:
+    """A causal language model whose adapters, if any, can be switched off to give the reference.
+
+    ``model`` is the plain Hugging Face model: adapters are injected into its modules.
+    """
+
+    model: Any
+    adapters: Any | None
+    folder: Path
+    device: torch.device
+
+    @property
+    def decoder(self) -> Any:
+        """Token ids to hidden states, without the vocabulary matrix."""
+        return self.model.get_decoder()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name; fp32 always (see docs/architecture.md, decision 5)."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy computes what its untrained base does. Only with adapters."""
+        if self.adapters is None:
+            raise ModelError("A fully fine-tuned policy does not hold its reference", fix="load the base model instead")
+        with self.adapters.disable_adapter():
+            yield
+
+    def autocast(self) -> Any:
+        """bf16 compute on GPUs; fp32 on CPUs."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def select_device(name: str) -> torch.device:
+    """ "cpu", "cuda" (this process's GPU), or "auto": the GPU if there is one.
+
+    Raises:
+        ModelError: "cuda" is asked for and this process sees no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("No GPU is to be seen here", got="compute.device=cuda", fix="set compute.device=auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def load_policy(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    lora: LoraConfig | None = None,
+    trainable: bool = False,
+    seed: int = 0,
+    weights: Path | None = None,
+) -> Policy:
+    """Loads the base model, and on it either fresh adapters or the trained weights of an earlier stage.
+
+    Args:
+        config: the base model.
+        device: where it goes.
+        lora: shape of fresh adapters (zero update, so that the policy starts as its reference).
+        trainable: whether gradients are wanted; without, everything is frozen.
+        seed: of the adapters' first factor.
+        weights: output folder of a training (holding ``adapter/`` or ``model/``) to load instead.
+
+    Raises:
+        ModelError: the folder is no causal language model, or an adapter's target module does not exist.
+    """
+    folder = model_folder(config.path)
+    if weights is not None and (weights / MODEL_FOLDER).is_dir():
+        folder = weights / MODEL_FOLDER
+    full_training = trainable and lora is None
+    # A frozen base is never updated, so it may be bf16; what is trained has fp32 masters.
+    dtype = torch.bfloat16 if device.type == "cuda" and not full_training else torch.float32
+    model = _load_base(folder, config, dtype).to(device)
+    _refuse_unmaskable(model, folder)
+    adapters = None
+    if weights is not None and (weights / ADAPTER_FOLDER).is_dir():
+        adapters = _load_adapter(model, weights / ADAPTER_FOLDER)
+    elif lora is not None:
+        adapters = _fresh_adapter(model, lora, seed)
+    # eval() for good: with dropout the policy would differ from its reference before the first step.
+    model.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and (full_training or "lora_" in name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Policy(model=model, adapters=adapters, folder=folder, device=device)
+
+
+def save_policy(policy: Policy, target: Path, tokenizer: Any) -> None:
+    """Writes ``adapter/`` (adapters alone) or ``model/`` (a whole model folder), as safetensors."""
+    if policy.adapters is not None:
+        policy.adapters.save_pretrained(target / ADAPTER_FOLDER, safe_serialization=True)
+        _strip_paths(target / ADAPTER_FOLDER / "adapter_config.json")
+    else:
+        policy.model.save_pretrained(target / MODEL_FOLDER, safe_serialization=True)
+        tokenizer.save_pretrained(target / MODEL_FOLDER)
+
+
+def merged_model(config: ModelConfig, weights: Path) -> Any:
+    """The trained policy as a plain model on the CPU, adapters merged into the base weights."""
+    policy = load_policy(config, device=torch.device("cpu"), weights=weights)
+    return policy.adapters.merge_and_unload() if policy.adapters is not None else policy.model
+
+
+def parameter_state(policy: Policy) -> dict[str, Tensor]:
+    """Trainable parameters as detached CPU tensors."""
+    return {name: p.detach().cpu().clone() for name, p in policy.trainable().items()}
+
+
+def load_parameter_state(policy: Policy, state: dict[str, Tensor]) -> None:
+    """Writes ``parameter_state`` back in place."""
+    parameters = policy.trainable()
+    if parameters.keys() != state.keys():
+        raise ModelError("The checkpoint holds other parameters than the policy trains")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def _load_base(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line}") from error
+
+
+def _refuse_unmaskable(model: Any, folder: Path) -> None:
+    """A mask of ours replaces a model's own sliding window; that is only right while no answer is longer than it."""
+    if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
+        raise ModelError(
+            f"The model in {folder} uses sliding-window attention, which packed rows do not support yet",
+            got=f"sliding_window={model.config.sliding_window}",
+            expected="full attention, as in Llama, Qwen 2 and 3, SmolLM, OLMo 2, GPT-2 or GPT-NeoX",
+        )
+
+
+def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    if not isinstance(targets, str) and set(targets) & {name.rpartition(".")[2] for name in head}:
+        raise ModelError(
+            "LoRA on the vocabulary matrix is not supported: log-probs use it without its adapter",
+            got=f"train.lora.target_modules={targets}",
+            fix="leave the output embedding out",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft_config = PeftLoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ModelError(f"The adapters do not fit the model: {str(error).splitlines()[0]}") from None
+
+
+def _load_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def _strip_paths(file: Path) -> None:
+    """An adapter's config names the machine's path of its base; the training's record says better what the base was."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = None
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

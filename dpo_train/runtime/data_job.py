@@ -1,0 +1,75 @@
+"""Ray Data: a function over many tables, on a pool of actors that build it once each."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_train.config import ComputeConfig
+from dpo_train.errors import DpoError, WorkerError
+from dpo_train.runtime.failures import cause_of
+from dpo_train.runtime.session import attach
+from dpo_train.stages.executor import TableFunction
+
+MODEL_ACTOR_CPUS = 0.9
+"""Less than a core: with as many actors as cores, Ray Data's own tasks would wait for a core for ever."""
+
+
+def map_tables(
+    make: Callable[[], TableFunction], tables: Sequence[pa.Table], compute: ComputeConfig, *, uses_model: bool
+) -> Iterator[pa.Table]:
+    """Results in any order. One input table is one block, so a worker's memory is bounded by it.
+
+    Raises:
+        DpoError: what the function raised on purpose.
+        WorkerError: a worker died, or the function raised something else.
+    """
+    ray = attach()
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    workers = min(compute.data_workers, len(tables))
+    gpus = _gpus_per_actor(ray, compute, workers) if uses_model else 0
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        _Worker,
+        fn_constructor_args=(make,),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=MODEL_ACTOR_CPUS,
+        num_gpus=gpus,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield batch
+    except DpoError:
+        raise
+    except Exception as error:
+        cause = cause_of(error)
+        if isinstance(cause, DpoError):
+            raise cause from error
+        raise WorkerError(f"A Ray Data worker failed: {type(cause).__name__}: {cause}") from error
+
+
+class _Worker:
+    """The actor: calls ``make`` once and its result for every block."""
+
+    def __init__(self, make: Callable[[], TableFunction]) -> None:
+        self._function = make()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self._function(table)
+
+
+def _gpus_per_actor(ray: Any, compute: ComputeConfig, workers: int) -> float:
+    """An even share of the GPUs, at most one each; 0 without a GPU."""
+    total = float(ray.cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0.0
+    return min(1.0, math.floor(total / workers * 100) / 100)

@@ -1,0 +1,35 @@
+"""The executor that does heavy work on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pyarrow as pa
+
+from dpo_train.config import ComputeConfig
+from dpo_train.stages.executor import TableFunction
+from dpo_train.train.worker import TrainJob
+
+
+class RayExecutor:
+    """Ray Data for tables, Ray Train for a training, Ray Tune for trials. Attaches to Ray when first asked."""
+
+    def __init__(self, compute: ComputeConfig) -> None:
+        self._compute = compute
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        from dpo_train.runtime.data_job import map_tables
+
+        return map_tables(make, tables, self._compute, uses_model=uses_model)
+
+    def train(self, job: TrainJob) -> None:
+        from dpo_train.runtime.train_job import train
+
+        train(job, self._compute)
+
+    def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
+        from dpo_train.runtime.sweep_job import run_trials
+
+        return run_trials(trials, self._compute)

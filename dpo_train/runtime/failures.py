@@ -1,0 +1,35 @@
+"""What to do about an error that came out of Ray. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from dpo_train.errors import DpoError
+
+
+class Decision(Enum):
+    """RETRY: another attempt may succeed (a lost worker). RAISE: it would fail the same way."""
+
+    RETRY = "retry"
+    RAISE = "raise"
+
+
+def decide(error: BaseException) -> Decision:
+    """Errors raised on purpose, and bugs, repeat themselves; a lost process or connection does not."""
+    if isinstance(error, DpoError):
+        return Decision.RAISE
+    transient = (ConnectionError, TimeoutError, EOFError)
+    return Decision.RETRY if isinstance(error, transient) else Decision.RAISE
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that a worker raised, from under the wrappers that Ray puts around it."""
+    seen: set[int] = set()
+    current = error
+    while id(current) not in seen:
+        seen.add(id(current))
+        inner = getattr(current, "cause", None) or getattr(current, "base_exc", None) or current.__cause__
+        if isinstance(current, DpoError) or not isinstance(inner, BaseException):
+            break
+        current = inner
+    return current

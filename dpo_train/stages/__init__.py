@@ -1,0 +1,16 @@
+"""One function per arrow. A stage owns its record and its reuse; the executor that does the heavy part is passed in.
+
+    prepare -> pairs -> score_reference -> scored pairs -> sweep -> beta -> train -> policy -> evaluate -> report -> register
+
+Each takes the run's config, the artifacts it reads and an executor, and returns the artifact it made or reused. Its
+output lies at ``<store>/<stage>/<digest>``, or at ``output`` if that is given.
+"""
+
+from dpo_train.stages.evaluate import evaluate
+from dpo_train.stages.prepare import prepare
+from dpo_train.stages.register import register
+from dpo_train.stages.score_reference import score_reference
+from dpo_train.stages.sweep import sweep
+from dpo_train.stages.train import train
+
+__all__ = ["evaluate", "prepare", "register", "score_reference", "sweep", "train"]

@@ -1,0 +1,145 @@
+"""policy and held-out pairs -> report with a verdict"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train.config import ModelConfig, RunConfig, to_dict
+from dpo_train.data.folder import model_folder
+from dpo_train.data.tokens import load_tokenizer
+from dpo_train.errors import DataError
+from dpo_train.evaluate.gate import judge
+from dpo_train.evaluate.generate import answer
+from dpo_train.evaluate.preference import Floats, measure
+from dpo_train.evaluate.report import Report, Sample, estimates, write_report
+from dpo_train.metrics_file import METRICS_FILE, read_history
+from dpo_train.model.load import ADAPTER_FOLDER, load_policy, select_device
+from dpo_train.progress import Reporter
+from dpo_train.stages.common import make, model_digest
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.score_reference import ScoreTable, join_scores, score_table
+
+ANSWERS_SCHEMA = pa.schema([("pair_id", pa.string()), ("model", pa.string()), ("answer", pa.string())])
+
+
+def evaluate(
+    config: RunConfig, scored: Artifact, policy: Artifact, executor: Executor, *, output: Path | None = None
+) -> Artifact:
+    """Makes ``report.json``, ``report.html`` and ``margins.parquet``. A refused model is still a complete output.
+
+    Raises:
+        DataError: fewer held-out pairs than ``evaluate.min_heldout_pairs``.
+    """
+    section = config.evaluate
+    beta = float(policy.record.details["beta"])
+    content = {**to_dict(section), "seed": config.seed}
+    inputs = {"scored": scored.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
+    reporter = Reporter.from_environment("evaluate")
+
+    def body(out: Output) -> Summary:
+        heldout = pq.read_table(scored.path / "heldout.parquet")
+        if len(heldout) < section.min_heldout_pairs:
+            raise DataError(
+                "Too few held-out pairs to judge the policy",
+                got=len(heldout),
+                expected=f"at least {section.min_heldout_pairs} (evaluate.min_heldout_pairs)",
+                fix="raise prepare.heldout_fraction, or bring more data",
+            )
+        scorer = functools.partial(
+            ScoreTable, config.model, config.compute.device, str(policy.path), section.row_tokens
+        )
+        table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
+        preferences = measure(
+            _sums(table, "policy"), _sums(table, "reference"), heldout["group"].to_pylist(), beta=beta, seed=config.seed
+        )
+        margins = pa.table({"pair_id": heldout["pair_id"], "margin": preferences.margins_P})
+        pq.write_table(margins, out.path / "margins.parquet")
+        verdict = judge(preferences.accuracy, preferences.margin, section.gate)
+        samples = _sample(config, heldout.slice(0, section.num_samples), policy, executor, reporter)
+        history = read_history(policy.path / METRICS_FILE)
+        report = Report(
+            beta=beta, preferences=preferences, verdict=verdict, samples=samples, history=history, identity=inputs
+        )
+        write_report(report, out.path)
+        numbers = estimates(preferences)
+        metrics = {name: estimate.value for name, estimate in numbers.items()}
+        metrics |= {f"{name}_low": estimate.low for name, estimate in numbers.items()}
+        metrics |= {f"{name}_high": estimate.high for name, estimate in numbers.items()}
+        details = {"learned": verdict.learned, "passed": verdict.passed, "beta": beta}
+        return Summary(counts={"heldout_pairs": len(heldout)}, metrics=metrics, details=details)
+
+    return make(config, "evaluate", content, inputs, body, output=output)
+
+
+class AnswerPrompts:
+    """Rows of (pair_id, prompt_ids, model) to ANSWERS_SCHEMA, ``model`` being "reference" or "policy"."""
+
+    def __init__(self, model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int) -> None:
+        self._model = model
+        self._device = select_device(device)
+        self._weights = Path(weights)
+        self._tokenizer = load_tokenizer(model_folder(model.path), trust_remote_code=model.trust_remote_code)
+        self._answer = functools.partial(answer, tokenizer=self._tokenizer, max_tokens=max_tokens, seed=seed)
+        self._policy = load_policy(model, device=self._device, weights=self._weights)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = []
+        for row in table.to_pylist():
+            prompts = [np.array(row["prompt_ids"], dtype=np.int32)]
+            texts = (
+                self._reference_answers(prompts)
+                if row["model"] == "reference"
+                else self._answer(self._policy, prompts=prompts)
+            )
+            rows.append({"pair_id": row["pair_id"], "model": row["model"], "answer": texts[0]})
+        return pa.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
+
+    def _reference_answers(self, prompts: list[Any]) -> list[str]:
+        if (self._weights / ADAPTER_FOLDER).is_dir():
+            with self._policy.reference():
+                return self._answer(self._policy, prompts=prompts)
+        return self._answer(load_policy(self._model, device=self._device), prompts=prompts)
+
+
+def _sample(
+    config: RunConfig, heldout: pa.Table, policy: Artifact, executor: Executor, reporter: Reporter
+) -> list[Sample]:
+    if not len(heldout):
+        return []
+    section = config.evaluate
+    tasks = [
+        heldout.slice(index, 1).select(["pair_id", "prompt_ids"]).append_column("model", pa.array([model]))
+        for index in range(len(heldout))
+        for model in ("reference", "policy")
+    ]
+    make_answers = functools.partial(
+        AnswerPrompts, config.model, config.compute.device, str(policy.path), section.max_sample_tokens, config.seed
+    )
+    found: dict[tuple[str, str], str] = {}
+    for table in executor.map_tables(make_answers, tasks, uses_model=True):
+        found |= {(row["pair_id"], row["model"]): row["answer"] for row in table.to_pylist()}
+        reporter.progress(len(found), len(tasks), "answers")
+    return [
+        Sample(
+            prompt="\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"]),
+            reference=found[row["pair_id"], "reference"],
+            policy=found[row["pair_id"], "policy"],
+        )
+        for row in heldout.to_pylist()
+    ]
+
+
+def _sums(table: pa.Table, who: str) -> tuple[Floats, Floats]:
+    def of(side: str) -> Iterator[float]:
+        for values in table[f"{who}_{side}_logps"].to_pylist():
+            yield float(np.sum(values))
+
+    return np.fromiter(of("chosen"), np.float64), np.fromiter(of("rejected"), np.float64)

@@ -1,0 +1,54 @@
+"""What a stage asks of whoever does the heavy part, and the executor that does it in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import pyarrow as pa
+
+from dpo_train.train.ranks import Ranks
+from dpo_train.train.worker import TrainJob, run_rank
+
+TableFunction = Callable[[pa.Table], pa.Table]
+
+
+class Executor(Protocol):
+    """Where heavy work runs."""
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        """Applies a function to each table, in any order. ``make`` builds it once per worker (tokenizer, model)."""
+
+    def train(self, job: TrainJob) -> None:
+        """Runs ``worker.run_rank`` on every rank, to the end."""
+
+    def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
+        """Runs independent trainings; for each None, or the reason why it failed."""
+
+
+class InProcess:
+    """Everything here, one after the other, with one rank."""
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        del uses_model
+        function = make()
+        yield from map(function, tables)
+
+    def train(self, job: TrainJob) -> None:
+        run_rank(job, Ranks())
+
+    def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
+        return [run_trial(trial) for trial in trials]
+
+
+def run_trial(trial: Callable[[], None]) -> str | None:
+    """One trial of a sweep; its failure is a finding, not the end of the sweep."""
+    try:
+        trial()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

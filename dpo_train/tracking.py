@@ -1,0 +1,198 @@
+"""MLflow runs: one parent run per pipeline run, a nested run per stage, under the sweep one per trial.
+
+Training never talks to MLflow. A rank appends events to a file (progress.py) and ``metrics.jsonl``; the process that
+launched the stage follows them, so that curves move while it trains, and completes them at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_train.artifacts import RECORD_FILE, Artifact
+from dpo_train.config import RunConfig, to_dict
+from dpo_train.errors import DpoError, MissingPackageError, UserError
+from dpo_train.progress import Follower
+
+FOLLOW_SECONDS = 2.0
+_BATCH = 1000  # MLflow's limit of metrics in one request
+_PARAMETERS = 100  # and of parameters
+
+FILES = ("report.html", "report.json", "trials.json", "rejections.jsonl")
+"""Small files of an output that people want to see beside the run."""
+
+
+class TrackingError(UserError):
+    """MLflow cannot be reached, or refuses."""
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """``tracking.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in the store: no server needed."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.store}/mlflow.db"
+
+
+class Tracking:
+    """The runs of one experiment."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.uri = tracking_uri(config)
+        self.client = _client(self.uri)
+
+    def start_run(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
+        """Creates a run and returns its id."""
+        with _mlflow_errors(self.uri):
+            all_tags = {"mlflow.runName": name, **(tags or {})}
+            if parent:
+                all_tags["mlflow.parentRunId"] = parent
+            run = self.client.create_run(self._experiment_id(), tags=all_tags, run_name=name)
+        return str(run.info.run_id)
+
+    def start_pipeline(self, name: str) -> str:
+        """The parent run, with the whole config as parameters and as an artifact."""
+        run_id = self.start_run(name, tags={"dpo.kind": "pipeline"})
+        with _mlflow_errors(self.uri):
+            self._log_parameters(run_id, flatten(to_dict(self._config)))
+            self.client.log_dict(run_id, to_dict(self._config), "config.json")
+        return run_id
+
+    @contextmanager
+    def following(self, run_id: str, events: Path, stage: str) -> Iterator[set[int]]:
+        """Logs the training metrics that appear in the events file meanwhile; yields the set of steps logged."""
+        logged: set[int] = set()
+        stop = threading.Event()
+        follower = Follower(events)
+        follower.new()  # what is there already belongs to earlier stages
+
+        def follow() -> None:
+            while True:
+                finished = stop.wait(FOLLOW_SECONDS)
+                lines = [e for e in follower.new() if e["stage"] == stage and e.get("unit") == "steps"]
+                self.log_history(run_id, [{"step": e["done"] - 1, **e["metrics"]} for e in lines], logged)
+                if finished:
+                    return
+
+        thread = threading.Thread(target=follow, name="mlflow-metrics", daemon=True)
+        thread.start()
+        try:
+            yield logged
+        finally:
+            stop.set()
+            thread.join()
+
+    def log_history(self, run_id: str, history: Sequence[Mapping[str, float]], logged: set[int]) -> None:
+        """Logs the steps that are not in ``logged`` yet."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, value, now, int(line["step"]) + 1)
+            for line in history
+            if int(line["step"]) not in logged
+            for name, value in line.items()
+            if name != "step"
+        ]
+        for start in range(0, len(metrics), _BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+        logged.update(int(line["step"]) for line in history)
+
+    def log_artifact(self, run_id: str, artifact: Artifact, history: Sequence[Mapping[str, float]] = ()) -> None:
+        """What the record says: its config as parameters, its numbers as metrics, where the output lies as tags."""
+        from mlflow.entities import Metric, RunTag
+
+        record = artifact.record
+        now = int(time.time() * 1000)
+        # Metrics of the last training step are in the history already.
+        skip = history[-1].keys() if history else {}
+        numbers = {**{f"count/{name}": n for name, n in record.counts.items()}, **record.metrics}
+        metrics = [Metric(name, value, now, 0) for name, value in numbers.items() if name not in skip]
+        tags = {
+            "dpo.stage": record.stage,
+            "dpo.output": str(artifact.path),
+            "dpo.digest": record.digest,
+            "dpo.reused": str(artifact.reused).lower(),
+            "dpo.code_version": record.code_version,
+            **{f"dpo.input.{name}": digest for name, digest in record.inputs.items()},
+        }
+        with _mlflow_errors(self.uri):
+            self._log_parameters(run_id, flatten(record.config))
+            finite = [metric for metric in metrics if math.isfinite(metric.value)]
+            self.client.log_batch(run_id, metrics=finite, tags=[RunTag(k, v) for k, v in tags.items()])
+            for name in (RECORD_FILE, *FILES):
+                if (artifact.path / name).is_file():
+                    self.client.log_artifact(run_id, str(artifact.path / name))
+
+    def end(self, run_id: str, status: str, error: BaseException | None = None) -> None:
+        """FINISHED, FAILED or KILLED, with the reason as a tag."""
+        with _mlflow_errors(self.uri):
+            if error is not None:
+                self.client.set_tag(run_id, "dpo.error", f"{type(error).__name__}: {error}"[:4000])
+            self.client.set_terminated(run_id, status)
+
+    def is_running(self, run_id: str) -> bool:
+        with _mlflow_errors(self.uri):
+            return str(self.client.get_run(run_id).info.status) == "RUNNING"
+
+    def _log_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(key, value[:6000]) for key, value in parameters.items()]
+        for start in range(0, len(items), _PARAMETERS):
+            self.client.log_batch(run_id, params=items[start : start + _PARAMETERS])
+
+    def _experiment_id(self) -> str:
+        name = self._config.tracking.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            local = self.uri.startswith("sqlite:")
+            location = f"file://{self._config.store}/mlartifacts" if local else None
+            return str(self.client.create_experiment(name, artifact_location=location))
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"The MLflow experiment {name!r} was deleted", fix="restore it, or set another tracking.experiment"
+            )
+        return str(found.experiment_id)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested config to dotted keys with text values."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _client(uri: str) -> Any:
+    try:
+        from mlflow.tracking import MlflowClient
+    except ImportError:
+        raise MissingPackageError("MLflow is not installed", fix="pip install 'dpo-train[mlflow]'") from None
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    with _mlflow_errors(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    """MLflow's own failures as one line with the address and what to look at."""
+    try:
+        yield
+    except DpoError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrackingError(
+            f"MLflow at {uri} does not do what was asked: {first_line[:300]}",
+            fix="check tracking.uri, the server and your rights there",
+        ) from error

@@ -1,0 +1,15 @@
+"""No test talks to a model hub, and hypothesis tries the same examples on every machine."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns at every fork otherwise
+
+# HYPOTHESIS_PROFILE=search looks for new counterexamples; a normal run must not fail by chance.
+settings.register_profile("repeatable", deadline=None, database=None, derandomize=True, max_examples=100)
+settings.register_profile("search", deadline=None, database=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -1,0 +1,60 @@
+"""The mask of rows in which two answers share a prompt."""
+
+from __future__ import annotations
+
+import torch
+
+from dpo_train.core.attention import CHOSEN, PROMPT, REJECTED, shared_prompt_mask
+
+
+def _mask(pairs: list[int], parts: list[int]) -> list[str]:
+    """One line per query: x where it sees the key."""
+    mask = shared_prompt_mask(torch.tensor(pairs), torch.tensor(parts))
+    assert mask.shape == (1, 1, len(pairs), len(pairs))
+    assert mask.dtype == torch.bool
+    return ["".join("x" if seen else "." for seen in query) for query in mask[0, 0].tolist()]
+
+
+def test_rejected_answer_sees_the_prompt_and_itself_but_not_the_chosen() -> None:
+    """Prompt of 2, chosen of 2, rejected of 3, drawn out."""
+    assert _mask([0] * 7, [PROMPT] * 2 + [CHOSEN] * 2 + [REJECTED] * 3) == [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "xxxx...",
+        "xx..x..",
+        "xx..xx.",
+        "xx..xxx",
+    ]
+
+
+def test_pairs_of_a_row_do_not_see_each_other() -> None:
+    """Two pairs of one token each part: two blocks on the diagonal."""
+    assert _mask([0, 0, 0, 1, 1, 1], [PROMPT, CHOSEN, REJECTED] * 2) == [
+        "x.....",
+        "xx....",
+        "x.x...",
+        "...x..",
+        "...xx.",
+        "...x.x",
+    ]
+
+
+def test_padding_sees_only_itself_and_is_seen_by_nobody() -> None:
+    """A query without any key would be NaN after the softmax."""
+    assert _mask([0, 0, 0, -1, -1], [PROMPT, CHOSEN, REJECTED, PROMPT, PROMPT]) == [
+        "x....",
+        "xx...",
+        "x.x..",
+        "...x.",
+        "....x",
+    ]
+
+
+def test_attention_over_a_row_is_finite() -> None:
+    """No query's softmax is over nothing, padding included."""
+    mask = shared_prompt_mask(torch.tensor([0, 0, 0, -1]), torch.tensor([PROMPT, CHOSEN, REJECTED, PROMPT]))
+    states = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    out = torch.nn.functional.scaled_dot_product_attention(states, states, states, attn_mask=mask)
+    assert torch.isfinite(out).all()
+    assert torch.allclose(out[0, 0, 3], states[0, 0, 3])

@@ -1,0 +1,210 @@
+"""Packed rows give exactly the log-probs of separate plain forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_train.data.pairs import TokenPair
+from dpo_train.errors import ModelError
+from dpo_train.model.load import Policy
+from dpo_train.model.score import build_row, check_layout, reference_logps, row_logps, score_pairs
+from tests.tiny import random_pairs, tiny_policy
+from tests.unit.model.families import FAMILIES, VOCABULARY, write
+
+PAIRS = random_pairs(5, vocabulary=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
+    """One frozen policy of each family."""
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        name: tiny_policy(write(folder / name, build), lora=False, trainable=False) for name, build in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(policies: dict[str, Policy]) -> Policy:
+    """Where one family is enough."""
+    return policies["llama"]
+
+
+@torch.no_grad()
+def _plain(policy: Policy, prompt_ids: Any, answer_ids: Any) -> torch.Tensor:
+    """Per-token log-probs of an answer, from the model's own forward on the plain sequence, softmax in fp64."""
+    ids = torch.from_numpy(np.concatenate([prompt_ids, answer_ids])).long()
+    logits = policy.model(input_ids=ids[None]).logits[0].double()
+    logps = torch.log_softmax(logits[len(prompt_ids) - 1 : -1], dim=-1)
+    return logps.gather(1, ids[len(prompt_ids) :, None]).squeeze(1)
+
+
+@torch.no_grad()
+def _packed(policy: Policy, pairs: Sequence[TokenPair]) -> list[tuple[float, float]]:
+    result = row_logps(policy, build_row(pairs))
+    return list(zip(result.chosen_P.tolist(), result.rejected_P.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_row_equals_a_plain_forward_per_answer(policies: dict[str, Policy], family: str) -> None:
+    """Five pairs in one row against ten separate forwards, each sum to 1e-5 relative and each token alike."""
+    policy = policies[family]
+    for pair, sums in zip(PAIRS, _packed(policy, PAIRS), strict=True):
+        for answer_ids, total in zip((pair.chosen_ids, pair.rejected_ids), sums, strict=True):
+            assert total == pytest.approx(_plain(policy, pair.prompt_ids, answer_ids).sum().item(), rel=1e-5)
+    for pair, scores in zip(PAIRS, score_pairs(policy, PAIRS, 40), strict=True):
+        for answer_ids, logps in zip((pair.chosen_ids, pair.rejected_ids), scores, strict=True):
+            assert logps.tolist() == pytest.approx(_plain(policy, pair.prompt_ids, answer_ids).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_check_passes_where_packing_is_right(policies: dict[str, Policy], family: str) -> None:
+    """The check that runs before each training lets every family through."""
+    check_layout(policies[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_rejected_tokens_leave_the_chosen_answer_bit_for_bit(policies: dict[str, Policy], family: str) -> None:
+    """The chosen answer's numbers do not change in any bit; the rejected one's do."""
+    pair = PAIRS[0]
+    other = replace(pair, rejected_ids=(pair.rejected_ids + 1) % VOCABULARY)
+    before, after = _packed(policies[family], [pair])[0], _packed(policies[family], [other])[0]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_other_chosen_tokens_leave_the_rejected_answer_bit_for_bit(llama: Policy) -> None:
+    """The rejected answer stands after the chosen one in the row and yet does not see it."""
+    pair = PAIRS[0]
+    other = replace(pair, chosen_ids=(pair.chosen_ids + 1) % VOCABULARY)
+    before, after = _packed(llama, [pair])[0], _packed(llama, [other])[0]
+    assert after[1] == before[1]
+    assert after[0] != before[0]
+
+
+def test_neighbours_in_a_row_do_not_leak(llama: Policy) -> None:
+    """A pair alone, first, last, or among others has the same log-probs (1e-6 relative)."""
+    alone = [_packed(llama, [pair])[0] for pair in PAIRS]
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        packed = _packed(llama, [PAIRS[i] for i in order])
+        for index, sums in zip(order, packed, strict=True):
+            assert sums == pytest.approx(alone[index], rel=1e-6)
+
+
+def test_swapping_the_answers_swaps_their_log_probs(llama: Policy) -> None:
+    """Neither place in the row is favoured."""
+    pair = PAIRS[1]
+    swapped = replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+    assert _packed(llama, [swapped])[0][::-1] == pytest.approx(_packed(llama, [pair])[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_and_answers_of_one_token(policies: dict[str, Policy], family: str) -> None:
+    """Both answers' only token is predicted by the prompt's only token: one distribution gives both."""
+    pair = TokenPair("p", *(np.array([i], dtype=np.int32) for i in (5, 6, 7)))
+    chosen, rejected = _packed(policies[family], [PAIRS[0], pair])[1]
+    assert chosen == pytest.approx(_plain(policies[family], pair.prompt_ids, pair.chosen_ids).item(), rel=1e-5)
+    assert rejected == pytest.approx(_plain(policies[family], pair.prompt_ids, pair.rejected_ids).item(), rel=1e-5)
+
+
+def test_row_is_laid_out_as_worked_by_hand() -> None:
+    """A pair of 2 + 2 + 1 tokens and one of 1 + 1 + 2."""
+    pairs = [
+        TokenPair("a", *(np.array(ids, dtype=np.int32) for ids in ([10, 11], [12, 13], [14]))),
+        TokenPair("b", *(np.array(ids, dtype=np.int32) for ids in ([20], [21], [22, 23]))),
+    ]
+    row = build_row(pairs)
+    assert row.input_ids_T.tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 23]
+    assert row.positions_T.tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2]
+    assert row.pair_T.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert row.part_T.tolist() == [0, 0, 1, 1, 2, 0, 1, 2, 2]
+    assert row.target_A.tolist() == [12, 13, 14, 21, 22, 23]
+    assert row.source_A.tolist() == [1, 2, 1, 5, 5, 7]
+    assert row.pair_A.tolist() == [0, 0, 0, 1, 1, 1]
+    assert row.part_A.tolist() == [1, 1, 2, 1, 2, 2]
+    assert row.num_pairs == 2
+
+
+def test_scores_come_in_the_order_given_for_any_row_length(llama: Policy) -> None:
+    """Packing sorts by length; the answer does not show it. Rows of 1 token put each pair alone."""
+    alone = score_pairs(llama, PAIRS, 1)
+    for row_tokens in (20, 1000):
+        for pair, wanted, got in zip(PAIRS, alone, score_pairs(llama, PAIRS, row_tokens), strict=True):
+            assert [len(logps) for logps in got] == [len(pair.chosen_ids), len(pair.rejected_ids)]
+            for side in (0, 1):
+                assert got[side].tolist() == pytest.approx(wanted[side].tolist(), rel=1e-5)
+                assert got[side].dtype == np.float32
+
+
+def test_stored_reference_sums_to_the_row_sums(llama: Policy) -> None:
+    """What is stored per token is what training adds up: policy and reference agree to fp32's rounding."""
+    scored = [
+        replace(pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
+        for pair, (chosen, rejected) in zip(PAIRS, score_pairs(llama, PAIRS, 64), strict=True)
+    ]
+    chosen_P, rejected_P = reference_logps(scored)
+    packed = _packed(llama, PAIRS)
+    assert chosen_P.tolist() == pytest.approx([sums[0] for sums in packed], rel=1e-6)
+    assert rejected_P.tolist() == pytest.approx([sums[1] for sums in packed], rel=1e-6)
+
+
+def test_gradient_of_a_packed_row_equals_the_plain_one(tmp_path: Path) -> None:
+    """By every weight, 1e-5 relative: what is trained is what plain sequences would train."""
+    policy = tiny_policy(write(tmp_path, FAMILIES["llama"]), lora=False)
+    result = row_logps(policy, build_row(PAIRS))
+    (result.chosen_P.sum() - 0.5 * result.rejected_P.sum()).backward()
+    packed = {name: p.grad.clone() for name, p in policy.trainable().items()}
+    policy.model.zero_grad()
+    for pair in PAIRS:
+        for answer_ids, factor in ((pair.chosen_ids, 1.0), (pair.rejected_ids, -0.5)):
+            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, answer_ids])).long()
+            logps = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0, :-1], dim=-1)
+            (factor * logps.gather(1, ids[1:, None])[len(pair.prompt_ids) - 1 :].sum()).backward()
+    for name, parameter in policy.trainable().items():
+        assert parameter.grad.norm() > 0, name
+        assert (packed[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def _scaled_logits() -> Any:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return CohereForCausalLM(
+        CohereConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            logit_scale=0.25,
+            initializer_range=0.15,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+
+
+def test_layout_check_refuses_a_model_whose_logits_are_scaled(tmp_path: Path) -> None:
+    """Cohere multiplies its logits by a constant that hidden states times the vocabulary matrix do not show."""
+    with pytest.raises(ModelError, match="cannot be trained in packed rows"):
+        check_layout(tiny_policy(write(tmp_path, _scaled_logits), lora=False, trainable=False))
+
+
+def test_layout_check_refuses_a_model_that_ignores_positions_and_mask(llama: Policy) -> None:
+    """Were a decoder to take the row as one plain sequence, answers would see each other."""
+    decoder = llama.decoder
+
+    class Ignores(Policy):
+        @property
+        def decoder(self) -> Any:
+            return lambda input_ids, **_: decoder(input_ids=input_ids, use_cache=False)
+
+    broken = Ignores(model=llama.model, adapters=None, folder=llama.folder, device=llama.device)
+    with pytest.raises(ModelError, match="the same number"):
+        check_layout(broken)
