@@ -5,9 +5,9 @@
         ...                            what the stage writes
         record.json                    written last; without it the folder does not count
 
-``produce`` is the only way to make one. It takes a lock, reuses a complete output, and otherwise runs the stage's body,
-which either starts afresh or, if it says that it can, continues from what is there. The report's types live here too, so
-that the registry can read a verdict without importing the evaluation.
+``produce`` is the only way to make one. It takes a lock, reuses a complete output, and otherwise runs the stage's
+body, which either starts afresh or, if it says that it can, continues from what is there. The report's types live here
+too, so that the registry can read a verdict without importing the evaluation.
 """
 
 from __future__ import annotations
@@ -318,5 +318,7 @@ def _storage_errors(target: Path) -> Iterator[None]:
                 fix="free some space (`dpo gc` lists outputs that nothing refers to) and run the same command again",
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-            raise StoreError(f"{target} cannot be written: {error.strerror}", fix="set `store` to a folder of yours")
+            raise StoreError(
+                f"{target} cannot be written: {error.strerror}", fix="set `store` to a folder of yours"
+            ) from error
         raise

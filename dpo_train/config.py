@@ -225,6 +225,7 @@ def parse_config(text: str, overrides: typing.Sequence[str] = (), *, origin: str
         raise ConfigError(f"{origin} is not a mapping", got=type(tree).__name__, expected="sections such as `model:`")
     for override in overrides:
         _apply_override(tree, override)
+    _drop_empty_sections(tree, RunConfig)
     return _absolute(_decode(tree, origin))
 
 
@@ -273,6 +274,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"The override {override!r} goes through {section!r}, which is a single value")
         node = child
     node[last] = _parse_yaml(text, f"the override {override!r}")
+
+
+def _drop_empty_sections(tree: dict[str, Any], kind: type) -> None:
+    """A section of which every line is a comment reads as null in YAML; it means the defaults."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        inner = section_type(hints[item.name])
+        if inner is None or item.name not in tree:
+            continue
+        if tree[item.name] is None and item.default is not None:
+            del tree[item.name]
+        elif isinstance(tree[item.name], dict):
+            _drop_empty_sections(tree[item.name], inner)
 
 
 def _decode(tree: dict[str, Any], origin: str) -> RunConfig:

@@ -15,15 +15,17 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dpo_train.artifacts import Artifact, digest_path, open_artifact
-from dpo_train.config import RunConfig
+from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import DpoError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
+
+__all__ = ["INPUTS", "Result", "metadata", "open_run", "parse_config", "run", "run_stage", "stored", "summary"]
 
 if TYPE_CHECKING:
     from dpo_train.stages.executor import Executor
@@ -93,12 +95,12 @@ def resolve_device(config: RunConfig) -> RunConfig:
     """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again."""
     if config.compute.device != "auto":
         return config
-    device = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     # Importing torch takes seconds; without a driver's device file there is nothing for it to find.
     if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
         from dpo_train.model.load import select_device
 
-        device = select_device("auto").type
+        device = "cuda" if select_device("auto").type == "cuda" else "cpu"
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, device=device))
 
 
@@ -167,7 +169,9 @@ def run_stage(
         _log(tracking, stage_run, artifact, logged)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        reporter.event("error", message=str(error), error=type(error).__name__, exit_code=exit_code(error))
+        known = isinstance(error, DpoError)
+        kind = type(error).__name__
+        reporter.event("error", message=str(error), error=kind, exit_code=exit_code(error), known=known)
         for failed in filter(None, (stage_run, run_id)):
             tracking.end(failed, status, error)
         raise
@@ -183,6 +187,11 @@ def run_stage(
         summary=summary(artifact),
     )
     return artifact
+
+
+def metadata(artifact: Artifact) -> dict[str, str]:
+    """What a pipeline's artifact says about itself; text only, because Kubeflow turns whole numbers into floats."""
+    return {"address": artifact.address, "stage": artifact.record.stage, "summary": summary(artifact)}
 
 
 def exit_code(error: BaseException) -> int:
@@ -222,7 +231,7 @@ def _call(
     from dpo_train import stages
 
     executor = _executor(config)
-    calls = {
+    calls: dict[str, Callable[..., Artifact]] = {
         "prepare": functools.partial(stages.prepare, config, executor),
         "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], executor, **more),
         "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], executor, **more),
@@ -236,8 +245,7 @@ def _call(
             config, inputs["train"], inputs["evaluate"], tracking, run_id=stage_run, **more
         ),
     }
-    artifact: Artifact = calls[stage](output=output)
-    return artifact
+    return calls[stage](output=output)
 
 
 def _executor(config: RunConfig) -> Executor:

@@ -1,7 +1,7 @@
 """Progress as a file of events: whoever works appends a line, whoever shows follows the file.
 
-A pipeline step runs in a child process and a training rank in a Ray worker; a terminal's carriage returns do not survive
-the way up. One JSON object per line does. Lines are short and written with one append, so writers need no lock.
+A pipeline step runs in a child process and a training rank in a Ray worker; a terminal's carriage returns do not
+survive the way up. One JSON object per line does. Lines are short and written with one append, so writers need no lock.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The attention mask of a packed row in which two answers share one prompt.
 
-T: tokens of a row. A row is a sequence of pairs; a pair is prompt, chosen, rejected. Each token carries the index of its
-pair (-1: padding) and its part. A token sees itself and what stands before it in its pair, but the rejected answer does
-not see the chosen one. Positions restart after the prompt (data/packing.py), so each answer is computed exactly as if it
-alone followed the prompt.
+T: tokens of a row. A row is a sequence of pairs; a pair is prompt, chosen, rejected. Each token carries the index of
+its pair (-1: padding) and its part. A token sees itself and what stands before it in its pair, but the rejected answer
+does not see the chosen one. Positions restart after the prompt (model/score.py), so each answer is computed exactly as
+if it alone followed the prompt.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def preference_loss(
 
 
 def sigmoid(ratio_difference_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """DPO, equation 7 of arXiv 2305.18290; with smoothing, cDPO (Mitchell 2023, "A note on DPO with noisy preferences").
+    """DPO, equation 7 of arXiv 2305.18290; with smoothing cDPO (Mitchell, "A note on DPO with noisy preferences").
 
     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)
     """
@@ -66,13 +66,13 @@ def sigmoid(ratio_difference_P: Tensor, beta: float, label_smoothing: float) -> 
 
 
 def hinge(ratio_difference_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """SLiC's ranking loss on log-ratios (arXiv 2305.10425; in this form arXiv 2309.06657): max(0, 1 - beta h)."""
+    """SLiC's ranking loss (arXiv 2305.10425), on log-ratios as in arXiv 2309.06657: max(0, 1 - beta h)."""
     del label_smoothing
     return torch.relu(1 - beta * ratio_difference_P)
 
 
 def ipo(ratio_difference_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """IPO, equation 17 of arXiv 2310.12036: (h - 1 / (2 beta))^2, on summed log-ratios as in the paper."""
+    """IPO, equation 17 of arXiv 2310.12036: (h - 1 / (2 beta))^2, on summed log-ratios as there."""
     del label_smoothing
     return (ratio_difference_P - 1 / (2 * beta)) ** 2
 

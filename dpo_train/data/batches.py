@@ -38,7 +38,7 @@ def rank_rows(lengths: Sequence[int], row_tokens: int, world_size: int) -> list[
     Returns:
         for each rank its rows of indices into ``lengths``. A rank may get none.
     """
-    # Rows no longer than an even share: a batch that fills one long row and a bit would leave all ranks but one waiting.
+    # Rows no longer than an even share: a batch that fills one row and a bit would leave all ranks but one waiting.
     total = sum(lengths)
     rows_per_rank = max(1, math.ceil(total / (world_size * row_tokens)))
     even_share = math.ceil(total / (world_size * rows_per_rank) * 1.05)

@@ -71,8 +71,10 @@ class PairTokenizer:
         rejected_ids, rejected_cut = self._answer_ids(rejected)
         if chosen_ids == rejected_ids:
             return Rejection("identical_after_truncation")
-        arrays = [np.array(ids, dtype=np.int32) for ids in (prompt_ids, chosen_ids, rejected_ids)]
-        return TokenPair(pair.pair_id, *arrays), chosen_cut + rejected_cut
+        prompt_array, chosen_array, rejected_array = (
+            np.array(ids, dtype=np.int32) for ids in (prompt_ids, chosen_ids, rejected_ids)
+        )
+        return TokenPair(pair.pair_id, prompt_array, chosen_array, rejected_array), chosen_cut + rejected_cut
 
     def prompt_ids_of(self, text: str) -> list[int]:
         """Ids of a templated prompt. A plain prompt gets the one BOS that its tokenizer asks for."""
@@ -103,11 +105,8 @@ class PairTokenizer:
     def _answer_ids(self, text: str) -> tuple[list[int], bool]:
         eos = self._tokenizer.eos_token_id
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if eos in ids:
-            # What a template writes after the end of the turn is never generated.
-            ids = ids[: len(ids) - ids[::-1].index(eos)]
-        else:
-            ids = [*ids, eos]
+        # What a template writes after the end of the turn is never generated.
+        ids = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
         return (ids[: self._max_answer], True) if len(ids) > self._max_answer else (ids, False)
 
 

@@ -70,7 +70,7 @@ def cluster_bootstrap(values_P: Floats, groups: Sequence[str], *, seed: int) -> 
 
 
 def wilson(successes: float, trials: int, *, n: int) -> Estimate:
-    """Wilson's score interval (1927) of a proportion of ``trials`` independent groups; ``n`` is reported as the count."""
+    """Wilson's score interval (1927) of a proportion over ``trials`` independent groups; ``n`` is what is reported."""
     share = min(1.0, successes / n)
     centre = (share + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2)) / (1 + Z_95**2 / trials)

@@ -123,7 +123,8 @@ _PAGE = """<!doctype html>
 <style>
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
  table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .4rem .6rem; vertical-align: top;
- border-bottom: 1px solid #ddd; overflow-wrap: anywhere } img { max-width: 100% } pre { white-space: pre-wrap; margin: 0;
+ border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
+ img { max-width: 100% } pre { white-space: pre-wrap; margin: 0;
  font: inherit; unicode-bidi: isolate } .verdict { padding: .8rem 1rem; border-left: .4rem solid } .yes { border-color:
  #228833; background: #eef7ee } .no { border-color: #cc3311; background: #fbeeee } code { font-size: .85em }
 </style></head><body>

@@ -25,8 +25,8 @@ from dpo_train.model.load import Policy
 class Row:
     """Several pairs in one run of tokens: prompt, chosen, rejected, prompt, ...
 
-    ``source_A`` is the place whose hidden state predicts answer token A: the token before it, and for the first token of
-    *both* answers the last token of the prompt.
+    ``source_A`` is the place whose hidden state predicts answer token A: the token before it, and for the first token
+    of *both* answers the last token of the prompt.
     """
 
     input_ids_T: Tensor
@@ -70,9 +70,17 @@ def build_row(pairs: Sequence[TokenPair]) -> Row:
                 answers["pair"].append(np.full(len(ids), index))
                 answers["part"].append(np.full(len(ids), part))
             place += len(ids)
-    ids, positions, pair_index, part = (_tensor(columns[name]) for name in columns)
-    source, target, pair_of_answer, part_of_answer = (_tensor(answers[name]) for name in answers)
-    return Row(ids, positions, pair_index, part, source, target, pair_of_answer, part_of_answer, len(pairs))
+    return Row(
+        input_ids_T=_tensor(columns["ids"]),
+        positions_T=_tensor(columns["positions"]),
+        pair_T=_tensor(columns["pair"]),
+        part_T=_tensor(columns["part"]),
+        source_A=_tensor(answers["source"]),
+        target_A=_tensor(answers["target"]),
+        pair_A=_tensor(answers["pair"]),
+        part_A=_tensor(answers["part"]),
+        num_pairs=len(pairs),
+    )
 
 
 def row_logps(policy: Policy, row: Row) -> RowLogps:
@@ -123,7 +131,7 @@ def score_pairs(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int) -> 
 def check_layout(policy: Policy) -> None:
     """Compares a tiny packed row with the model's own logits on plain sequences.
 
-    Catches every architecture whose attention, positions or logits (scaling, soft-capping) our layout does not do right.
+    Catches every architecture whose attention, positions or logits (scaling, soft-capping) our layout gets wrong.
 
     Raises:
         ModelError: they differ.
@@ -131,7 +139,7 @@ def check_layout(policy: Policy) -> None:
     vocabulary = policy.lm_head.weight.shape[0]
     generator = np.random.Generator(np.random.PCG64(0))
     sides = [generator.integers(0, vocabulary, size=n).astype(np.int32) for n in (5, 3, 4, 6, 2, 3)]
-    pairs = [TokenPair("a", *sides[:3]), TokenPair("b", *sides[3:])]
+    pairs = [TokenPair("a", sides[0], sides[1], sides[2]), TokenPair("b", sides[3], sides[4], sides[5])]
     packed = row_logps(policy, build_row(pairs))
     for index, pair in enumerate(pairs):
         for answer_ids, packed_logps in ((pair.chosen_ids, packed.chosen_P), (pair.rejected_ids, packed.rejected_P)):

@@ -29,27 +29,26 @@ def map_tables(
         WorkerError: a worker died, or the function raised something else.
     """
     ray = attach()
-    import ray.data
+    from ray import data
 
-    context = ray.data.DataContext.get_current()
+    context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     workers = min(compute.data_workers, len(tables))
     gpus = _gpus_per_actor(ray, compute, workers) if uses_model else 0
-    dataset = ray.data.from_arrow(list(tables)).map_batches(
+    dataset = data.from_arrow(list(tables)).map_batches(
         _Worker,
         fn_constructor_args=(make,),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=data.ActorPoolStrategy(size=workers),
         num_cpus=MODEL_ACTOR_CPUS,
         num_gpus=gpus,
     )
     try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield batch
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except DpoError:
         raise
     except Exception as error:

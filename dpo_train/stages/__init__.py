@@ -1,6 +1,7 @@
 """One function per arrow. A stage owns its record and its reuse; the executor that does the heavy part is passed in.
 
-    prepare -> pairs -> score_reference -> scored pairs -> sweep -> beta -> train -> policy -> evaluate -> report -> register
+    prepare -> pairs -> score_reference -> scored pairs -> sweep -> beta
+    scored pairs, beta -> train -> policy -> evaluate -> report -> register -> model version
 
 Each takes the run's config, the artifacts it reads and an executor, and returns the artifact it made or reused. Its
 output lies at ``<store>/<stage>/<digest>``, or at ``output`` if that is given.

@@ -23,8 +23,8 @@ TRIALS_FILE = "trials.json"
 def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Path | None = None) -> Artifact:
     """Makes ``trials.json`` and the chosen beta (``record.details["beta"]``).
 
-    Every trial is a whole ``train`` stage in the same store: interrupted, the sweep goes on with the trials that are not
-    finished, and a full-length trial of the chosen beta is the final training. Without betas nothing is run.
+    Every trial is a whole ``train`` stage with an output of its own: interrupted, the sweep goes on with the trials
+    that are not finished, and an unfinished one goes on from its checkpoint. Without betas nothing is run.
 
     Raises:
         ConfigError: betas but no validation pairs to choose on.

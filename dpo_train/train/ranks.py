@@ -40,7 +40,7 @@ class Ranks:
         if self.world_size > 1:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
-            pieces = flat.split([gradient.numel() for gradient in gradients])
+            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             gradients = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

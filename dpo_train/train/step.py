@@ -49,7 +49,7 @@ def train_step(
     sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=policy.device)
     for row_pairs in _rows_of_rank(pairs, config.row_tokens, ranks):
         losses, row_sums = _row_loss(policy, row_pairs, config)
-        (losses / len(pairs)).backward()
+        torch.autograd.backward(losses / len(pairs))
         sums += row_sums
     ranks.sum(sums)
     if not bool(torch.isfinite(sums[0])):

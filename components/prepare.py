@@ -1,0 +1,22 @@
+"""raw data -> pairs"""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def prepare(config: str, run_id: str, data_digest: str, pairs: dsl.Output[dsl.Dataset]) -> None:
+    """Validates, tokenises and splits the raw preference data (Ray Data).
+
+    Args:
+        config: the whole run config as YAML or JSON.
+        run_id: MLflow's parent run.
+        data_digest: of the raw data, so that a cached task is not taken for data that has changed.
+        pairs: the validated pairs.
+    """
+    from dpo_train import launch
+
+    print("raw data", data_digest)
+    artifact = launch.run_stage("prepare", launch.parse_config(config), {}, run_id=run_id)
+    pairs.uri, pairs.metadata = str(artifact.path), launch.metadata(artifact)

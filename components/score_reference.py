@@ -1,0 +1,23 @@
+"""pairs -> scored pairs"""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def score_reference(config: str, run_id: str, pairs: dsl.Input[dsl.Dataset], scored: dsl.Output[dsl.Dataset]) -> None:
+    """Computes the reference's log-probs once, for every beta, epoch and retry (Ray Data).
+
+    Args:
+        config: the whole run config as YAML or JSON.
+        run_id: MLflow's parent run.
+        pairs: from prepare.
+        scored: the pairs with reference log-probs.
+    """
+    from dpo_train import launch
+
+    settings = launch.parse_config(config)
+    inputs = {"prepare": launch.stored(settings, pairs.metadata["address"])}
+    artifact = launch.run_stage("score_reference", settings, inputs, run_id=run_id)
+    scored.uri, scored.metadata = str(artifact.path), launch.metadata(artifact)

@@ -1,0 +1,172 @@
+"""What each command does. Heavy imports stay inside, so that ``dpo --help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_train import launch
+from dpo_train.artifacts import Artifact, open_artifact
+from dpo_train.cli import templates
+from dpo_train.cli.console import Display
+from dpo_train.cli.processes import end_children
+from dpo_train.cli.runs import RunFolder, collect_garbage
+from dpo_train.config import RunConfig, load_config, to_dict, to_text
+from dpo_train.errors import ConfigError, DpoError, MissingPackageError, StoreError
+
+
+def version() -> str:
+    """Name and version for ``dpo --version``."""
+    return f"dpo {importlib.metadata.version('dpo-train')}"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The compiled Kubeflow pipeline on this machine."""
+    config = _load(arguments)
+    launch.check_inputs(config)
+    config = launch.resolve_device(config)
+
+    def work(display: Display) -> None:
+        from pipelines.local import run_local
+
+        display.note(f"starting {'Ray' if config.compute.executor == 'ray' else 'the pipeline'} ...")
+        with launch.session(config), end_children():
+            run_local(to_text(config), arguments.name)
+
+    return _watched(config, work)
+
+
+def stage(arguments: argparse.Namespace) -> int:
+    """One stage in this process. Inputs that were not named are made, or reused, first."""
+    config = launch.resolve_device(_load(arguments))
+    if arguments.stage == "prepare":
+        launch.check_inputs(config)
+    given = {
+        name: open_artifact(path.absolute(), name)
+        for name in launch.INPUTS
+        if (path := getattr(arguments, f"from_{name}", None)) is not None
+    }
+
+    def work(display: Display) -> None:
+        del display
+        with launch.session(config), end_children():
+            _make(arguments.stage, config, given, arguments.output)
+
+    return _watched(config, work)
+
+
+def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: Path | None) -> Artifact:
+    """The stage after everything it reads."""
+    for needed in launch.INPUTS[stage_name]:
+        if needed not in made:
+            made[needed] = _make(needed, config, made, None)
+    target = output.absolute() if output else None
+    inputs = {name: made[name] for name in launch.INPUTS[stage_name]}
+    return launch.run_stage(stage_name, config, inputs, output=target)
+
+
+def compile_pipeline(arguments: argparse.Namespace) -> int:
+    """Writes the Kubeflow pipeline."""
+    try:
+        from pipelines.compile import compile_pipeline as compile_to
+
+        print(compile_to(arguments.output))
+    except ImportError:
+        raise MissingPackageError("Kubeflow Pipelines is not installed", fix="pip install 'dpo-train[kfp]'") from None
+    except OSError as error:
+        raise StoreError(f"{arguments.output} cannot be written: {error.strerror}") from None
+    return 0
+
+
+def ui(arguments: argparse.Namespace) -> int:
+    """MLflow's pages over the config's tracking store. This process becomes the server."""
+    from dpo_train.tracking import tracking_uri
+
+    uri = tracking_uri(_load(arguments))
+    if uri.startswith("http"):
+        print(f"MLflow runs at {uri}")
+    else:
+        _become_server(uri, arguments.port)
+    return 0
+
+
+def _become_server(uri: str, port: int) -> None:
+    print(f"http://127.0.0.1:{port} shows {uri} (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
+    os.execv(command[0], command)  # noqa: S606 - our own interpreter, no shell
+
+
+def show_config(arguments: argparse.Namespace) -> int:
+    """The resolved config, as YAML that can be read back."""
+    print(yaml.safe_dump(to_dict(_load(arguments)), sort_keys=False), end="")
+    return 0
+
+
+def init(arguments: argparse.Namespace) -> int:
+    """A commented config; an existing file is left alone."""
+    try:
+        with arguments.path.open("x", encoding="utf-8") as stream:
+            stream.write(templates.commented_config())
+    except FileExistsError:
+        raise ConfigError(f"{arguments.path} exists already", fix="name another file") from None
+    except OSError as error:
+        raise StoreError(f"{arguments.path} cannot be written: {error.strerror}") from None
+    print(f"wrote {arguments.path}: set model.path and prepare.path in it, then `dpo run {arguments.path}`")
+    return 0
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """Outputs that no run refers to."""
+    return collect_garbage(Path(_load(arguments).store), keep_runs=arguments.keep_runs, remove=arguments.remove)
+
+
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _watched(config: RunConfig, work: Any) -> int:
+    """Does the work with progress on the terminal and everything else in a log file."""
+    # A terminated run ends as an interrupted one does: children and Ray first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = RunFolder.create(Path(config.store))
+    with Display(folder) as display:
+        try:
+            work(display)
+        except BaseException as error:
+            display.stop()
+            return _explain(error, display)
+        finally:
+            folder.write_outputs(display.outputs)
+        display.stop()
+        display.summary(config)
+    return 0
+
+
+def _explain(error: BaseException, display: Display) -> int:
+    """What went wrong, in words: the failed stage's own if it left some."""
+    told = display.failure
+    if isinstance(error, KeyboardInterrupt):
+        display.print("[bold]Interrupted.[/] Complete outputs are kept; the same command continues from them.")
+        return 130
+    if told is not None and not isinstance(error, DpoError):
+        code = int(told["exit_code"])
+        display.fail(
+            told["stage"], told["message"] if code != 1 or told["known"] else f"{told['error']}: {told['message']}"
+        )
+        if code == 3:
+            display.print_report()
+        return code
+    code = launch.exit_code(error)
+    if not isinstance(error, DpoError):
+        display.log_traceback(error)
+    display.fail(told["stage"] if told else "", str(error) or type(error).__name__)
+    if code in {1, 3}:
+        display.print_report()
+    return code

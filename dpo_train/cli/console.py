@@ -1,0 +1,260 @@
+"""What a person sees while stages run, and at the end. Everything that libraries print goes to the run's log file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpo_train.cli.runs import RunFolder
+from dpo_train.config import RunConfig
+from dpo_train.progress import ENVIRONMENT_KEY, Follower
+
+REFRESH_SECONDS = 0.2
+LINE_SECONDS = 10.0
+"""Without a terminal, progress is a line every so often."""
+
+
+class Display:
+    """Follows the events of a run. Inside ``with``, descriptors 1 and 2 lead to the log, also in child processes."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.outputs: list[str] = []
+        self.failure: dict[str, Any] | None = None
+        self._folder = folder
+        self._ends: list[dict[str, Any]] = []
+        self._follower = Follower(folder.events)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
+
+    def __enter__(self) -> Display:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = os.dup(1), os.dup(2)
+        self._console = Console(file=os.fdopen(os.dup(1), "w", encoding="utf-8"), highlight=False)
+        log = os.open(self._folder.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        self._previous = os.environ.get(ENVIRONMENT_KEY)
+        os.environ[ENVIRONMENT_KEY] = str(self._folder.events)
+        self._bars = _Bars(self._console) if self._console.is_terminal else _Lines(self._console)
+        self.note(f"log: {self._folder.log}")
+        self._bars.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._console.file.flush()
+        for saved, number in zip(self._saved, (1, 2), strict=True):
+            os.dup2(saved, number)
+            os.close(saved)
+        if self._previous is None:
+            os.environ.pop(ENVIRONMENT_KEY, None)
+        else:
+            os.environ[ENVIRONMENT_KEY] = self._previous
+
+    def stop(self) -> None:
+        """Shows what is left to show and ends the bars."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()
+            self._bars.stop()
+
+    def print(self, text: Any) -> None:
+        self._console.print(text)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[dim]{escape(text)}[/]")
+
+    def fail(self, stage: str, message: str) -> None:
+        """The one message of a failed command."""
+        where = f" in {stage}" if stage else ""
+        self._console.print(f"[bold red]Failed{where}.[/] {escape(message)}")
+        self.note(f"all that was printed: {self._folder.log}")
+
+    def log_traceback(self, error: BaseException) -> None:
+        """An error that nobody expected is a bug: its traceback belongs in the log."""
+        with self._folder.log.open("a", encoding="utf-8") as stream:
+            traceback.print_exception(error, file=stream)
+
+    def summary(self, config: RunConfig) -> None:
+        """The end of a successful command."""
+        self._print_table()
+        self.print_report()
+        version = self._end_of("register")
+        if version:
+            self._console.print(f"\nregistered: [bold]{escape(version['summary'])}[/]")
+            command = f"dpo ui {Path(sys.argv[2]) if len(sys.argv) > 2 else 'CONFIG'}"
+            self._console.print(f"to browse runs, metrics and the model: [bold]{escape(command)}[/]")
+
+    def print_report(self) -> None:
+        """Held-out numbers and samples, if the evaluation got that far."""
+        end = self._end_of("evaluate")
+        if end is None:
+            return
+        report = json.loads((Path(end["path"]) / "report.json").read_text(encoding="utf-8"))
+        self._console.print("\nheld-out pairs (95 % interval)")
+        for name in ("heldout/accuracy", "heldout/margin"):
+            e = report["estimates"][name]
+            interval = f"({e['low']:.3f} to {e['high']:.3f}, n = {e['n']})"
+            self._console.print(f"  {name.removeprefix('heldout/'):10s} {e['value']:.3f}  {interval}")
+        if report["samples"]:
+            self._console.print()
+            self._console.print(_sample_table(report["samples"]))
+        self.note(f"report: {end['path']}/report.html")
+
+    def _print_table(self) -> None:
+        table = Table(title="stages", title_justify="left")
+        for column in ("stage", "time", "", "what came out", "output"):
+            table.add_column(column, overflow="fold")
+        for end in self._ends:
+            seconds = f"{end['seconds']:.0f} s"
+            state = "reused" if end["reused"] else "run"
+            # The address stays whole on a narrow terminal; the store it lies in is said once.
+            table.add_row(end["stage"], seconds, state, end["summary"], end["address"])
+        self._console.print(table)
+        if self._ends:
+            self.note(f"outputs lie in {Path(self._ends[0]['path']).parents[1]}")
+
+    def _end_of(self, stage: str) -> dict[str, Any] | None:
+        return next((end for end in self._ends if end["stage"] == stage), None)
+
+    def _follow(self) -> None:
+        while True:
+            finished = self._stop.wait(REFRESH_SECONDS)
+            for event in self._follower.new():
+                self._take(event)
+            if finished:
+                return
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "end":
+            self._ends.append(event)
+            self.outputs.append(event["address"])
+        elif event["kind"] == "error":
+            self.failure = event
+        self._bars.take(event)
+
+
+class _Bars:
+    """A live bar per stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.fields[title]:28s}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def take(self, event: dict[str, Any]) -> None:
+        stage, kind = event["stage"], event["kind"]
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task("", total=None, title=stage, count="", numbers="")
+        task = self._tasks[stage]
+        if kind == "progress":
+            rate = self._progress.tasks[task].speed or 0.0
+            numbers = _numbers(event, rate)
+            # A trial, or the samples after the scores, counts from the start again.
+            if event["done"] < self._progress.tasks[task].completed:
+                self._progress.reset(task, total=event["total"])
+            self._progress.update(
+                task,
+                total=event["total"],
+                completed=event["done"],
+                count=f"{event['done']:g}/{event['total']:g} {event['unit']}",
+                numbers=numbers,
+            )
+        elif kind == "message":
+            self._progress.update(task, title=f"{stage}: {escape(event['text'])}" if len(event["text"]) < 30 else stage)
+        elif kind == "end":
+            done = "reused" if event["reused"] else "done"
+            self._progress.update(task, title=stage, total=1, completed=1, count=done, numbers=escape(event["summary"]))
+        elif kind == "error":
+            self._progress.update(task, title=f"[red]{stage}[/]", total=1, count="failed", numbers="")
+
+
+class _Lines:
+    """The same for a file or a pipe: a line when something begins, moves or ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = 0.0
+        self._began = 0.0
+
+    def start(self) -> None:
+        """Nothing to set up."""
+
+    def stop(self) -> None:
+        self._console.file.flush()
+
+    def take(self, event: dict[str, Any]) -> None:
+        stage, kind = event["stage"], event["kind"]
+        text = ""
+        if kind == "start":
+            text, self._began, self._last = "started", event["time"], event["time"]
+        elif kind == "message":
+            text, self._began = event["text"], event["time"]
+        elif kind == "end":
+            text = f"{'reused' if event['reused'] else 'done'} after {event['seconds']:.1f} s: {event['summary']}"
+        elif kind == "progress" and (event["time"] - self._last >= LINE_SECONDS or event["done"] == event["total"]):
+            self._last = event["time"]
+            seconds = max(1e-9, event["time"] - self._began)
+            rate = event["done"] / seconds
+            left = (event["total"] - event["done"]) / rate if rate else 0
+            text = f"{event['done']:g}/{event['total']:g} {event['unit']}, {left:.0f} s left  {_numbers(event, rate)}"
+        if text:
+            self._console.print(f"{stage:16s} {escape(text)}", soft_wrap=True)
+            self._console.file.flush()
+
+
+def _numbers(event: dict[str, Any], rate: float) -> str:
+    """Pairs per second, and loss and margin where there are some."""
+    metrics = event["metrics"]
+    parts = []
+    if pairs_per_second := metrics.get("pairs_per_second") or (rate if event["unit"] == "pairs" else 0):
+        parts.append(f"{pairs_per_second:.1f} pairs/s")
+    for name, short in (("loss", "loss"), ("rewards/margin", "margin"), ("rewards/accuracy", "accuracy")):
+        if name in metrics:
+            parts.append(f"{short} {metrics[name]:.3f}")
+    return "  ".join(parts)
+
+
+def _sample_table(samples: list[dict[str, str]]) -> Table:
+    table = Table(title="samples on held-out prompts", title_justify="left", show_lines=True)
+    for name in ("prompt", "reference", "policy"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for sample in samples:
+        # Control characters of a model's answer must not reach the terminal.
+        table.add_row(*(escape(_printable(sample[name])) for name in ("prompt", "reference", "policy")))
+    return table
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,99 @@
+"""Arguments and help texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from dpo_train.cli import commands
+
+_DESCRIPTION = """\
+Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
+
+  raw data -> prepare -> score-reference -> sweep -> train -> evaluate -> register
+"""
+
+_EPILOG = """\
+start here:
+  dpo init my.yaml                          a commented config for your data and model
+  dpo run my.yaml                           the whole pipeline on this machine
+  dpo run my.yaml train.beta=0.2            the same with another beta; only what depends on it runs again
+  dpo ui my.yaml                            browse runs and models in MLflow
+
+exit codes: 0 success; 1 the run failed; 2 a mistake in what was given; 3 complete, but the gate refused the model;
+130 interrupted (the same command continues from the last complete output)
+"""
+
+STAGE_HELP = {
+    "prepare": "raw data to validated, tokenised pairs",
+    "score-reference": "pairs to pairs with the reference's log-probs",
+    "sweep": "scored pairs to the beta to train with",
+    "train": "scored pairs to a policy",
+    "evaluate": "policy and held-out pairs to a report with a verdict",
+    "register": "policy and passing report to an MLflow model version",
+}
+
+INPUT_OPTIONS = {
+    "prepare": ("--pairs", "output folder of prepare"),
+    "score_reference": ("--scored", "output folder of score-reference"),
+    "sweep": ("--choice", "output folder of sweep"),
+    "train": ("--policy", "output folder of train"),
+    "evaluate": ("--report", "output folder of evaluate"),
+}
+"""By stage, the option that names its output when another stage reads it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="dpo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=commands.version())
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = _with_config(subparsers, "run", "the whole pipeline on this machine", commands.run)
+    run.add_argument("--name", default="dpo", help="name of the run in MLflow (default: %(default)s)")
+    for name, text in STAGE_HELP.items():
+        stage = _with_config(subparsers, name, text, commands.stage)
+        stage.set_defaults(stage=name.replace("-", "_"))
+        _add_inputs(stage, name.replace("-", "_"))
+        stage.add_argument("--output", type=Path, help="folder for the output (default: its address in the store)")
+    compiling = subparsers.add_parser("compile", help="write the Kubeflow pipeline as YAML")
+    compiling.add_argument("output", type=Path, nargs="?", default=Path("dpo.yaml"), help="default: %(default)s")
+    compiling.set_defaults(command=commands.compile_pipeline)
+    ui = _with_config(subparsers, "ui", "browse runs and models in MLflow", commands.ui)
+    ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    _with_config(subparsers, "config", "print the resolved config", commands.show_config)
+    init = subparsers.add_parser("init", help="write a commented config for your own data and model")
+    init.add_argument("path", type=Path, nargs="?", default=Path("dpo-config.yaml"), help="default: %(default)s")
+    init.set_defaults(command=commands.init)
+    gc = _with_config(subparsers, "gc", "list outputs that no run refers to, and remove them on request", commands.gc)
+    gc.add_argument("--keep-runs", type=int, metavar="N", help="forget all but the newest N runs first")
+    gc.add_argument("--remove", action="store_true", help="remove what is listed")
+    return parser
+
+
+def _with_config(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    command: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("config", type=Path, help="YAML file (`dpo init` writes one)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace single values, e.g. train.beta=0.2"
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser, stage: str) -> None:
+    from dpo_train.launch import INPUTS
+
+    parser.set_defaults(**{f"from_{needed}": None for needed in INPUT_OPTIONS})
+    for needed in INPUTS[stage]:
+        option, text = INPUT_OPTIONS[needed]
+        parser.add_argument(
+            option, dest=f"from_{needed}", type=Path, metavar="DIR", help=f"{text} (default: made or reused first)"
+        )

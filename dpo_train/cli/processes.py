@@ -1,0 +1,43 @@
+"""No process is left behind."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+GRACE_SECONDS = 10
+"""A stage needs about a second to mark its MLflow run and leave Ray."""
+
+
+@contextmanager
+def end_children() -> Iterator[None]:
+    """Ends every child process that was started inside, if the block is left by an error or an interrupt."""
+    before = {child.pid for child in psutil.Process().children()}
+    try:
+        yield
+    except BaseException:
+        started = [child for child in psutil.Process().children() if child.pid not in before]
+        families = [process for child in started for process in (child, *_descendants(child))]
+        _signal(families, signal.SIGINT)
+        _, alive = psutil.wait_procs(families, timeout=GRACE_SECONDS)
+        _signal(alive, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+        raise
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,100 @@
+"""Texts made from the config's dataclasses: ``dpo init``'s file and docs/config.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any
+
+from dpo_train.config import RunConfig, section_type
+
+_HEAD = """\
+# Config of dpo. A line such as "#beta: 0.1" shows a default: remove its "#" to change it.
+# Any key can also be given on the command line: dpo run {name} train.beta=0.2
+"""
+
+_REQUIRED = {"model.path": "./my-model", "prepare.path": "./my-pairs.jsonl"}
+
+
+def commented_config() -> str:
+    """A YAML config in which every key stands with its help; only what is required is not a comment."""
+    lines = [_HEAD.format(name="my.yaml")]
+    lines += _section(RunConfig, "", 0)
+    return "\n".join(lines) + "\n"
+
+
+def reference() -> str:
+    """docs/config.md: a table per section."""
+    blocks = [
+        "# Config reference",
+        "Generated from the dataclasses in `dpo_train/config.py` by `make docs`; do not edit.",
+        "Every key may be set in the YAML file or on the command line as `section.key=value`.",
+    ]
+    blocks += _tables(RunConfig, "")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(kind: type, prefix: str, depth: int) -> list[str]:
+    hints = typing.get_type_hints(kind)
+    lines = []
+    for item in dataclasses.fields(kind):
+        key = prefix + item.name
+        inner = section_type(hints[item.name])
+        indent = "  " * depth
+        if inner is not None:
+            lines += ["", f"{indent}# {item.metadata['help']}"]
+            if item.default is None:  # an optional section: naming it switches it on
+                lines.append(f"{indent}#{item.name}: {_inline(inner)}")
+            else:
+                lines += [f"{indent}{item.name}:", *_section(inner, f"{key}.", depth + 1)]
+            continue
+        lines.append(f"{indent}# {item.metadata['help']}")
+        if key in _REQUIRED:
+            lines.append(f"{indent}{item.name}: {_REQUIRED[key]}")
+        else:
+            lines.append(f"{indent}#{item.name}: {_text(item)}")
+    return lines
+
+
+def _inline(kind: type) -> str:
+    """A section's defaults on one line."""
+    return "{" + ", ".join(f"{item.name}: {_text(item)}" for item in dataclasses.fields(kind)) + "}"
+
+
+def _tables(kind: type, prefix: str) -> list[str]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    rows, inner_blocks = ["| key | type | default | meaning |", "|---|---|---|---|"], []
+    for item in dataclasses.fields(kind):
+        inner = section_type(typing.get_type_hints(kind)[item.name])
+        if inner is not None:
+            inner_blocks += _tables(inner, f"{prefix}{item.name}.")
+            continue
+        default = "required" if item.default is dataclasses.MISSING else f"`{_text(item)}`"
+        shown = _type_text(hints[item.name]).replace("|", "\\|")
+        rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {item.metadata['help']} |")
+    title = f"## {prefix.rstrip('.')}" if prefix else "## Top level"
+    about = (kind.__doc__ or "").strip().splitlines()[0]
+    return [title, about, "\n".join(rows), *inner_blocks]
+
+
+def _type_text(hint: Any) -> str:
+    """A type as people read it: ``int >= 1``, ``one of sigmoid, hinge``."""
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        limits = [str(limit) for limit in parameters[1:]]
+        names = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+        shown = [f"{sign} {text[text.index('=') + 1 : -1]}" for text in limits for name, sign in names.items()
+                 if text.startswith(f"{name}(")]  # fmt: skip
+        return " ".join([_type_text(parameters[0]), " and ".join(shown)]).strip()
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, parameters))
+    if origin is tuple:
+        return f"list of {_type_text(parameters[0])}"
+    if parameters:
+        return " | ".join("null" if part is type(None) else _type_text(part) for part in parameters)
+    return str(getattr(hint, "__name__", hint))
+
+
+def _text(item: dataclasses.Field[Any]) -> str:
+    return item.default if isinstance(item.default, str) else json.dumps(item.default)

@@ -1,0 +1,199 @@
+"""The training's cadence: resume, step, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_train.config import LoraConfig, TrainConfig
+from dpo_train.data.pairs import TokenPair
+from dpo_train.errors import NonFiniteLossError, RunError, StoreError
+from dpo_train.metrics_file import METRICS_FILE, read_history
+from dpo_train.model.load import parameter_state
+from dpo_train.train.checkpoint import CHECKPOINT_FOLDER
+from dpo_train.train.loop import Fit, fit
+from dpo_train.train.ranks import Ranks
+from tests.tiny import random_pairs, tiny_policy, with_reference
+
+# 14 pairs twice in batches of 4: seven steps, the fourth of which crosses the border of the epochs.
+CONFIG = TrainConfig(
+    learning_rate=5e-3,
+    schedule="cosine",
+    warmup_steps=2,
+    batch_pairs=4,
+    epochs=2,
+    row_tokens=48,
+    checkpoint_steps=3,
+    evaluate_steps=4,
+    lora=LoraConfig(rank=4),
+)
+
+
+class InterruptionError(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture(scope="module")
+def pairs(model_folder: Path) -> list[TokenPair]:
+    """Eighteen pairs with their reference; the last four are for validation."""
+    return with_reference(tiny_policy(model_folder, lora=False, trainable=False), random_pairs(18))
+
+
+@pytest.fixture
+def job(pairs: list[TokenPair], tmp_path: Path) -> Fit:
+    """A training in a folder of its own."""
+    return Fit(
+        config=CONFIG,
+        train_pairs=pairs[:14],
+        validation_pairs=pairs[14:],
+        data_digest="data",
+        seed=0,
+        identity="id",
+        folder=_folder(tmp_path, "run"),
+    )
+
+
+def _folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+def _run(model_folder: Path, job: Fit) -> dict[str, torch.Tensor]:
+    policy = tiny_policy(model_folder, lora=job.config.lora is not None)
+    fit(policy, job, Ranks())
+    return parameter_state(policy)
+
+
+def _stop_at(step: int) -> Callable[..., None]:
+    def report(done: float, *_: Any, **__: Any) -> None:
+        if done == step:
+            raise InterruptionError
+
+    return report
+
+
+def _history(job: Fit) -> list[dict[str, float]]:
+    """Without the speed, which no two runs share."""
+    lines = read_history(job.folder / METRICS_FILE)
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("lora", [LoraConfig(rank=4), None], ids=["lora", "full"])
+def test_resumed_training_equals_an_unbroken_one_bit_for_bit(
+    model_folder: Path, job: Fit, tmp_path: Path, optimizer: str, lora: LoraConfig | None
+) -> None:
+    """Killed after the checkpoint of step 3, at step 5, in the second epoch: weights and history are the same."""
+    job = replace(job, config=replace(CONFIG, optimizer=optimizer, lora=lora))
+    unbroken = _run(model_folder, job)
+    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    with pytest.raises(InterruptionError):
+        _run(model_folder, replace(broken, report=_stop_at(5)))
+    assert [p.name for p in (broken.folder / CHECKPOINT_FOLDER).iterdir()] == ["step-00000003.pt"]
+    first_part = [line["step"] for line in _history(broken)]
+    resumed_steps: list[float] = []
+    resumed = _run(model_folder, replace(broken, report=lambda done, *_, **__: resumed_steps.append(done)))
+    assert first_part == [0, 1, 2, 3, 4]
+    assert resumed_steps == [4, 5, 6, 7]
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert _history(broken) == _history(job)
+
+
+def test_training_interrupted_before_its_first_checkpoint_starts_again(
+    model_folder: Path, job: Fit, tmp_path: Path
+) -> None:
+    """Nothing was saved, so all steps are done again, and each stands once in the history."""
+    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    with pytest.raises(InterruptionError):
+        _run(model_folder, replace(broken, report=_stop_at(2)))
+    assert all(torch.equal(a, b) for a, b in zip(_run(model_folder, broken).values(), _run(model_folder, job).values()))
+    assert _history(broken) == _history(job)
+
+
+def test_finished_training_is_not_done_again(model_folder: Path, job: Fit) -> None:
+    """The last step is saved as well: were writing the policy to fail, a rerun has nothing left to train."""
+    first = _run(model_folder, job)
+    second = _run(model_folder, replace(job, report=_stop_at(1)))
+    assert all(torch.equal(second[name], first[name]) for name in first)
+
+
+def test_checkpoint_of_another_identity_is_refused(model_folder: Path, job: Fit) -> None:
+    """A folder with a training on other data is not continued, and its history is left alone."""
+    _run(model_folder, job)
+    before = _history(job)
+    with pytest.raises(StoreError, match="made by another training"):
+        _run(model_folder, replace(job, identity="other"))
+    assert _history(job) == before
+
+
+def test_history_has_one_line_per_step_with_its_numbers(model_folder: Path, job: Fit) -> None:
+    """Seven steps; validation after step 4 and at the end; the rate follows the schedule; the loss starts at ln 2."""
+    _run(model_folder, job)
+    history = read_history(job.folder / METRICS_FILE)
+    assert [line["step"] for line in history] == list(range(7))
+    assert [line["step"] for line in history if "validation/loss" in line] == [3, 6]
+    # Warm-up 1/2, 1; then (1 + cos(k pi / 5)) / 2 for k = 0 to 4
+    factors = [0.5, 1.0, *((1 + math.cos(k * math.pi / 5)) / 2 for k in range(5))]
+    assert [line["learning_rate"] for line in history] == pytest.approx([5e-3 * factor for factor in factors])
+    assert history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert all(line["grad_norm"] > 0 and line["pairs_per_second"] > 0 for line in history)
+
+
+def test_training_pairs_are_learned(model_folder: Path, job: Fit) -> None:
+    """Thirty passes over fourteen pairs: loss far below ln 2 and every pair right."""
+    _run(model_folder, replace(job, config=replace(CONFIG, epochs=30, beta=1.0, checkpoint_steps=999)))
+    last = read_history(job.folder / METRICS_FILE)[-1]
+    assert last["loss"] < 0.2
+    assert last["rewards/accuracy"] == 1.0
+
+
+def test_report_hears_of_every_step(model_folder: Path, job: Fit) -> None:
+    """Done, total and unit for the progress bar, and the step's numbers."""
+    heard: list[tuple[float, float, str]] = []
+    losses: list[float] = []
+
+    def report(done: float, total: float, unit: str, **metrics: float) -> None:
+        heard.append((done, total, unit))
+        losses.append(metrics["loss"])
+
+    _run(model_folder, replace(job, report=report))
+    assert heard == [(step, 7, "steps") for step in range(1, 8)]
+    assert losses == [line["loss"] for line in _history(job)]
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(None, 7), (2, 2), (99, 7)])
+def test_number_of_steps_is_all_epochs_or_the_limit(job: Fit, max_steps: int | None, steps: int) -> None:
+    """ceil(14 x 2 / 4) = 7; a limit can only shorten."""
+    assert replace(job, config=replace(CONFIG, max_steps=max_steps)).total_steps == steps
+
+
+@pytest.mark.parametrize(("loss", "first"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 25.0)])
+def test_first_loss_is_known_for_every_loss(model_folder: Path, job: Fit, loss: str, first: float) -> None:
+    """ln 2, 1 and 1 / (2 x 0.1)^2: the training goes on from there."""
+    _run(model_folder, replace(job, config=replace(CONFIG, loss=loss, max_steps=1)))
+    assert _history(job)[0]["loss"] == pytest.approx(first, rel=1e-4)
+
+
+def test_reference_of_other_weights_is_noticed_at_the_first_step(model_folder: Path, job: Fit) -> None:
+    """Log-probs off by 0.1 per token cannot be this policy's own."""
+    moved = [replace(p, reference_chosen_logps=p.reference_chosen_logps + 0.1) for p in job.train_pairs]
+    with pytest.raises(RunError, match="does not start as its reference"):
+        _run(model_folder, replace(job, train_pairs=moved, config=replace(CONFIG, beta=1.0)))
+
+
+def test_training_that_stops_at_a_broken_pair_keeps_its_last_checkpoint(model_folder: Path, job: Fit) -> None:
+    """The step is named by its number, and what was done before it is not lost."""
+    broken = replace(job, train_pairs=list(job.train_pairs))
+    pair = broken.batch(6)[0]
+    index = [p.pair_id for p in job.train_pairs].index(pair.pair_id)
+    first_use = next(step for step in range(7) if pair in broken.batch(step))
+    broken.train_pairs[index] = replace(pair, reference_chosen_logps=pair.reference_chosen_logps * float("nan"))
+    with pytest.raises(NonFiniteLossError, match=f"step {first_use}, rank 0"):
+        _run(model_folder, broken)
+    assert [line["step"] for line in _history(broken)] == list(range(first_use))
