@@ -19,4 +19,4 @@ def prepare(config: str, run_id: str, data_digest: str, pairs: dsl.Output[dsl.Da
 
     print("raw data", data_digest)
     artifact = launch.run_stage("prepare", launch.parse_config(config), {}, run_id=run_id)
-    pairs.uri, pairs.metadata = str(artifact.path), launch.metadata(artifact)
+    pairs.uri, pairs.metadata = launch.uri(artifact), launch.metadata(artifact)

@@ -20,4 +20,4 @@ def score_reference(config: str, run_id: str, pairs: dsl.Input[dsl.Dataset], sco
     settings = launch.parse_config(config)
     inputs = {"prepare": launch.stored(settings, pairs.metadata["address"])}
     artifact = launch.run_stage("score_reference", settings, inputs, run_id=run_id)
-    scored.uri, scored.metadata = str(artifact.path), launch.metadata(artifact)
+    scored.uri, scored.metadata = launch.uri(artifact), launch.metadata(artifact)

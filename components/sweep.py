@@ -20,4 +20,4 @@ def sweep(config: str, run_id: str, scored: dsl.Input[dsl.Dataset], choice: dsl.
     settings = launch.parse_config(config)
     inputs = {"score_reference": launch.stored(settings, scored.metadata["address"])}
     artifact = launch.run_stage("sweep", settings, inputs, run_id=run_id)
-    choice.uri, choice.metadata = str(artifact.path), launch.metadata(artifact)
+    choice.uri, choice.metadata = launch.uri(artifact), launch.metadata(artifact)

@@ -28,4 +28,4 @@ def train(
     given = {"score_reference": scored, "sweep": choice}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("train", settings, inputs, run_id=run_id)
-    policy.uri, policy.metadata = str(artifact.path), launch.metadata(artifact)
+    policy.uri, policy.metadata = launch.uri(artifact), launch.metadata(artifact)

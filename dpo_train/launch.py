@@ -25,7 +25,7 @@ from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import DpoError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 
-__all__ = ["INPUTS", "Result", "metadata", "open_run", "parse_config", "run", "run_stage", "stored", "summary"]
+__all__ = ["INPUTS", "Result", "metadata", "open_run", "parse_config", "run", "run_stage", "stored", "summary", "uri"]
 
 if TYPE_CHECKING:
     from dpo_train.stages.executor import Executor
@@ -187,6 +187,11 @@ def run_stage(
         summary=summary(artifact),
     )
     return artifact
+
+
+def uri(artifact: Artifact, file: str = "") -> str:
+    """Where the output lies, for Kubeflow's page. Percent-encoded: kfp.local would take ``{{$`` for a placeholder."""
+    return (artifact.path / file).as_uri()
 
 
 def metadata(artifact: Artifact) -> dict[str, str]:

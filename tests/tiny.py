@@ -1,8 +1,8 @@
 """A model, preference data and a config so small that a whole run takes seconds, made by code, with no network.
 
-    tiny_model(folder) -> a random Llama with its tokenizer, in the Hugging Face layout
-    write_pairs(file)  -> JSONL records whose preference the tiny model can learn in some 20 steps
-    tiny_config(folder)-> a RunConfig for both, which are made in the folder if they are not there yet
+tiny_model(folder) -> a random Llama with its tokenizer, in the Hugging Face layout
+write_pairs(file)  -> JSONL records whose preference the tiny model can learn in some 20 steps
+tiny_config(folder)-> a RunConfig for both, which are made in the folder if they are not there yet
 """
 
 from __future__ import annotations
@@ -186,4 +186,3 @@ def with_reference(policy: Policy, pairs: Sequence[TokenPair]) -> list[TokenPair
         replace(pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
         for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
     ]
-

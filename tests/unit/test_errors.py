@@ -6,6 +6,7 @@ import copy
 import inspect
 import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -39,9 +40,9 @@ def _raise(kind: type[DpoError]) -> None:
 
 def test_error_crosses_a_process_border() -> None:
     """A pool's worker raises, the parent catches the same class."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with pytest.raises(errors.DiskFullError, match=r"It failed\. Got: here\."):
-            pool.apply(_raise, (errors.DiskFullError,))
+            pool.submit(_raise, errors.DiskFullError).result()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,12 +18,12 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 def _all_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int = 0, digest: str = "d") -> list[list[int]]:
     steps = range(num_steps(num_pairs, batch_pairs, epochs))
-    return [
-        step_pairs(num_pairs, batch_pairs, k, epochs=epochs, seed=seed, data_digest=digest).tolist() for k in steps
-    ]
+    return [step_pairs(num_pairs, batch_pairs, k, epochs=epochs, seed=seed, data_digest=digest).tolist() for k in steps]
 
 
-@pytest.mark.parametrize(("pairs", "batch", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 2, 5), (3, 8, 1, 1)])
+@pytest.mark.parametrize(
+    ("pairs", "batch", "epochs", "steps"), [(10, 5, 1, 2), (10, 4, 1, 3), (10, 4, 2, 5), (3, 8, 1, 1)]
+)
 def test_number_of_steps_shows_every_pair_each_epoch(pairs: int, batch: int, epochs: int, steps: int) -> None:
     """ceil(pairs x epochs / batch): epochs join without a gap, only the last batch may be smaller."""
     assert num_steps(pairs, batch, epochs) == steps

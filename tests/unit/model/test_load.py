@@ -73,7 +73,10 @@ def test_seed_decides_the_adapters_and_nothing_else_does(model_folder: Path) -> 
     first = parameter_state(tiny_policy(model_folder, seed=3))
     torch.manual_seed(12)
     before = torch.get_rng_state()
-    second, other = parameter_state(tiny_policy(model_folder, seed=3)), parameter_state(tiny_policy(model_folder, seed=4))
+    second, other = (
+        parameter_state(tiny_policy(model_folder, seed=3)),
+        parameter_state(tiny_policy(model_folder, seed=4)),
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -93,7 +96,10 @@ def test_reference_is_the_base_while_adapters_are_switched_off(model_folder: Pat
 
 def test_fully_fine_tuned_policy_has_no_reference_in_it(model_folder: Path) -> None:
     """It would have to be loaded again."""
-    with pytest.raises(ModelError, match="does not hold its reference"), tiny_policy(model_folder, lora=False).reference():
+    with (
+        pytest.raises(ModelError, match="does not hold its reference"),
+        tiny_policy(model_folder, lora=False).reference(),
+    ):
         pass
 
 

@@ -1,0 +1,68 @@
+"""Runs the ``dpo`` command as a person does: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_train.config import RunConfig, to_dict
+
+DPO = (sys.executable, "-c", "import sys; from dpo_train.cli import main; sys.exit(main())")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    output: str
+    store: Path
+
+    @property
+    def run_folder(self) -> Path:
+        """The newest run's folder."""
+        return max((self.store / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+    @property
+    def log(self) -> str:
+        return (self.run_folder / "run.log").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_folder / "events.jsonl").read_text().splitlines()]
+
+    def ends(self) -> dict[str, dict[str, Any]]:
+        """By stage, its last "end" event."""
+        return {event["stage"]: event for event in self.events if event["kind"] == "end"}
+
+    def record(self, stage: str) -> dict[str, Any]:
+        return dict(json.loads((Path(self.ends()[stage]["path"]) / "record.json").read_text()))
+
+
+def write_config(config: RunConfig, path: Path) -> Path:
+    """The config as a file for the command line."""
+    path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    return path
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts ``dpo`` with arguments, its output in one pipe."""
+    return subprocess.Popen(
+        [*DPO, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", **environment},
+    )
+
+
+def dpo(*arguments: str, store: Path | None = None, **environment: str) -> Finished:
+    """Runs ``dpo`` to its end."""
+    process = start(*arguments, **environment)
+    output, _ = process.communicate(timeout=580)
+    return Finished(process.returncode, output, store or Path())
