@@ -90,7 +90,7 @@ def tiny_tokenizer(**changes: Any) -> Any:
 
 
 def write_pairs(path: Path, count: int = 200, *, seed: int = 0, shuffle_labels: bool = False) -> Path:
-    """Writes ``count`` different records, two to a conversation: chosen answers use GOOD words, rejected ones BAD words.
+    """Writes ``count`` different records, two to a conversation; chosen answers use GOOD words, rejected BAD ones.
 
     With ``shuffle_labels`` a fair coin swaps chosen and rejected, so that there is nothing to learn.
     """

@@ -94,6 +94,10 @@ SCORED_SCHEMA = pa.schema([*PAIR_SCHEMA, ("reference_chosen_logps", _LOGPS), ("r
 """A pair with the reference's per-token log-probs of its answers."""
 
 
+SCORES_SCHEMA = pa.schema([("pair_id", pa.string()), ("chosen_logps", _LOGPS), ("rejected_logps", _LOGPS)])
+"""Log-probs of both answers under one policy."""
+
+
 def token_pairs(table: pa.Table) -> list[TokenPair]:
     """Token pairs from rows of PAIR_SCHEMA or SCORED_SCHEMA."""
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ import pyarrow as pa
 
 from dpo_train.config import ComputeConfig
 from dpo_train.errors import DpoError, WorkerError
-from dpo_train.runtime.failures import cause_of
+from dpo_train.runtime.failures import cause_of, known_error
 from dpo_train.runtime.session import attach
 from dpo_train.stages.executor import TableFunction
 
 MODEL_ACTOR_CPUS = 0.9
 """Less than a core: with as many actors as cores, Ray Data's own tasks would wait for a core for ever."""
+
+
+_ERROR_COLUMN = "dpo_error"
 
 
 def map_tables(
@@ -48,24 +52,34 @@ def map_tables(
         num_gpus=gpus,
     )
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            if table.column_names == [_ERROR_COLUMN]:
+                raise pickle.loads(table[_ERROR_COLUMN][0].as_py())  # noqa: S301 - written by our own worker
+            yield table
     except DpoError:
         raise
     except Exception as error:
         cause = cause_of(error)
-        if isinstance(cause, DpoError):
-            raise cause from error
-        raise WorkerError(f"A Ray Data worker failed: {type(cause).__name__}: {cause}") from error
+        raise WorkerError(f"A Ray Data worker was lost: {type(cause).__name__}: {cause}") from error
 
 
 class _Worker:
-    """The actor: calls ``make`` once and its result for every block."""
+    """The actor: calls ``make`` once and its result for every block.
+
+    An error travels as a table: Ray keeps only the text of what an actor raises, and makes one that fails to start
+    again and again.
+    """
 
     def __init__(self, make: Callable[[], TableFunction]) -> None:
-        self._function = make()
+        self._make = make
+        self._function: TableFunction | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self._function(table)
+        try:
+            self._function = self._function or self._make()
+            return self._function(table)
+        except Exception as error:
+            return pa.table({_ERROR_COLUMN: [pickle.dumps(known_error(error, "A Ray Data worker failed"))]})
 
 
 def _gpus_per_actor(ray: Any, compute: ComputeConfig, workers: int) -> float:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from dpo_train.config import ComputeConfig
 from dpo_train.stages.executor import TableFunction
-from dpo_train.train.worker import TrainJob
+from dpo_train.train.job import TrainJob
 
 
 class RayExecutor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from dpo_train.errors import DpoError
+from dpo_train.errors import DpoError, WorkerError
 
 
 class Decision(Enum):
@@ -18,8 +18,16 @@ def decide(error: BaseException) -> Decision:
     """Errors raised on purpose, and bugs, repeat themselves; a lost process or connection does not."""
     if isinstance(error, DpoError):
         return Decision.RAISE
-    transient = (ConnectionError, TimeoutError, EOFError)
-    return Decision.RETRY if isinstance(error, transient) else Decision.RAISE
+    # What a rank meets when another one dies: torch's own kinds for NCCL, a plain RuntimeError for gloo.
+    lost_peer = type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"}
+    lost_peer |= isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    transient = isinstance(error, ConnectionError | TimeoutError | EOFError)
+    return Decision.RETRY if lost_peer or transient else Decision.RAISE
+
+
+def known_error(error: Exception, where: str) -> DpoError:
+    """The error itself if it is one of ours, else a WorkerError that names it. It can be pickled."""
+    return error if isinstance(error, DpoError) else WorkerError(f"{where}: {type(error).__name__}: {error}")
 
 
 def cause_of(error: BaseException) -> BaseException:

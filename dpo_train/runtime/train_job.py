@@ -9,10 +9,11 @@ from typing import Any
 
 from dpo_train.config import ComputeConfig
 from dpo_train.errors import DpoError, WorkerError
-from dpo_train.runtime.failures import Decision, cause_of, decide
+from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
 from dpo_train.runtime.session import attach
+from dpo_train.train.job import TrainJob
 from dpo_train.train.ranks import Ranks
-from dpo_train.train.worker import TrainJob, run_rank
+from dpo_train.train.worker import run_rank
 
 ERROR_FILE = "worker-error.pkl"
 CPUS_PER_WORKER = 0.9  # as in data_job: leaves room for Ray's own tasks where workers = cores
@@ -21,8 +22,8 @@ CPUS_PER_WORKER = 0.9  # as in data_job: leaves room for Ray's own tasks where w
 def train(job: TrainJob, compute: ComputeConfig) -> None:
     """Runs all ranks to the end, restarting up to ``compute.max_failures`` times when a worker is lost.
 
-    FailureConfig retries whatever is raised, so an error that another attempt would meet again is written down, the
-    worker returns, and it is raised here.
+    FailureConfig retries whatever is raised. So a rank writes down an error that another attempt would only meet again
+    before it raises it, which ends the other ranks, and a restarted rank that finds such a note does nothing.
 
     Raises:
         DpoError: what a rank raised on purpose.
@@ -51,13 +52,16 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
                 name="train", storage_path=storage, failure_config=FailureConfig(max_failures=compute.max_failures)
             ),
         )
+        lost: Exception | None = None
         try:
             trainer.fit()
         except Exception as error:
-            cause = cause_of(error)
-            raise WorkerError(f"The training failed on Ray: {type(cause).__name__}: {cause}") from error
+            lost = error
     if error_file.is_file():
         raise pickle.loads(error_file.read_bytes())  # noqa: S301 - written by our own worker a moment ago
+    if lost is not None:
+        cause = cause_of(lost)
+        raise WorkerError(f"The training failed on Ray: {type(cause).__name__}: {cause}") from lost
 
 
 def _rank(parameters: dict[str, Any]) -> None:
@@ -66,13 +70,15 @@ def _rank(parameters: dict[str, Any]) -> None:
 
     torch.set_num_threads(parameters["threads"])
     job: TrainJob = parameters["job"]
+    error_file = Path(job.output) / ERROR_FILE
+    if error_file.exists():
+        return
     try:
         run_rank(job, Ranks.current())
     except Exception as error:
-        if decide(error) is Decision.RETRY:
-            raise
-        kept = error if isinstance(error, DpoError) else WorkerError(f"A rank failed: {type(error).__name__}: {error}")
-        _write_down(kept, Path(job.output) / ERROR_FILE)
+        if decide(error) is Decision.RAISE:
+            _write_down(known_error(error, "A rank failed"), error_file)
+        raise
 
 
 def _write_down(error: DpoError, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,21 +12,15 @@ import pyarrow.parquet as pq
 
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import ModelConfig, RunConfig, to_dict
-from dpo_train.data.folder import model_folder
-from dpo_train.data.tokens import load_tokenizer
 from dpo_train.errors import DataError
 from dpo_train.evaluate.gate import judge
-from dpo_train.evaluate.generate import answer
 from dpo_train.evaluate.preference import Floats, measure
 from dpo_train.evaluate.report import Report, Sample, estimates, write_report
 from dpo_train.metrics_file import METRICS_FILE, read_history
-from dpo_train.model.load import ADAPTER_FOLDER, load_policy, select_device
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
-from dpo_train.stages.executor import Executor
-from dpo_train.stages.score_reference import ScoreTable, join_scores, score_table
-
-ANSWERS_SCHEMA = pa.schema([("pair_id", pa.string()), ("model", pa.string()), ("answer", pa.string())])
+from dpo_train.stages.executor import Executor, TableFunction
+from dpo_train.stages.score_reference import join_scores, score_table, score_table_of
 
 
 def evaluate(
@@ -54,7 +47,7 @@ def evaluate(
                 fix="raise prepare.heldout_fraction, or bring more data",
             )
         scorer = functools.partial(
-            ScoreTable, config.model, config.compute.device, str(policy.path), section.row_tokens
+            score_table_of, config.model, config.compute.device, str(policy.path), section.row_tokens
         )
         table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
         preferences = measure(
@@ -79,34 +72,11 @@ def evaluate(
     return make(config, "evaluate", content, inputs, body, output=output)
 
 
-class AnswerPrompts:
-    """Rows of (pair_id, prompt_ids, model) to ANSWERS_SCHEMA, ``model`` being "reference" or "policy"."""
+def _answers_of(model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int) -> TableFunction:
+    """Builds the sampler in its worker; torch is imported there and not here."""
+    from dpo_train.evaluate.generate import AnswerPrompts
 
-    def __init__(self, model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int) -> None:
-        self._model = model
-        self._device = select_device(device)
-        self._weights = Path(weights)
-        self._tokenizer = load_tokenizer(model_folder(model.path), trust_remote_code=model.trust_remote_code)
-        self._answer = functools.partial(answer, tokenizer=self._tokenizer, max_tokens=max_tokens, seed=seed)
-        self._policy = load_policy(model, device=self._device, weights=self._weights)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = []
-        for row in table.to_pylist():
-            prompts = [np.array(row["prompt_ids"], dtype=np.int32)]
-            texts = (
-                self._reference_answers(prompts)
-                if row["model"] == "reference"
-                else self._answer(self._policy, prompts=prompts)
-            )
-            rows.append({"pair_id": row["pair_id"], "model": row["model"], "answer": texts[0]})
-        return pa.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
-
-    def _reference_answers(self, prompts: list[Any]) -> list[str]:
-        if (self._weights / ADAPTER_FOLDER).is_dir():
-            with self._policy.reference():
-                return self._answer(self._policy, prompts=prompts)
-        return self._answer(load_policy(self._model, device=self._device), prompts=prompts)
+    return AnswerPrompts(model, device, weights, max_tokens, seed)
 
 
 def _sample(
@@ -121,7 +91,7 @@ def _sample(
         for model in ("reference", "policy")
     ]
     make_answers = functools.partial(
-        AnswerPrompts, config.model, config.compute.device, str(policy.path), section.max_sample_tokens, config.seed
+        _answers_of, config.model, config.compute.device, str(policy.path), section.max_sample_tokens, config.seed
     )
     found: dict[tuple[str, str], str] = {}
     for table in executor.map_tables(make_answers, tasks, uses_model=True):

@@ -7,8 +7,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from dpo_train.train.ranks import Ranks
-from dpo_train.train.worker import TrainJob, run_rank
+from dpo_train.train.job import TrainJob
 
 TableFunction = Callable[[pa.Table], pa.Table]
 
@@ -39,6 +38,9 @@ class InProcess:
         yield from map(function, tables)
 
     def train(self, job: TrainJob) -> None:
+        from dpo_train.train.ranks import Ranks
+        from dpo_train.train.worker import run_rank
+
         run_rank(job, Ranks())
 
     def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,18 +12,12 @@ import pyarrow.parquet as pq
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import ModelConfig, RunConfig, to_dict
 from dpo_train.data.pairs import SCORED_SCHEMA, SPLITS, token_pairs
-from dpo_train.model.load import load_policy, select_device
-from dpo_train.model.score import check_layout, score_pairs
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import compute_dtype, make, model_digest
-from dpo_train.stages.executor import Executor
+from dpo_train.stages.executor import Executor, TableFunction
 
 TASK_PAIRS = 16
 """Pairs of one unit of work: small enough for a moving progress bar, large enough to fill rows (88 % at 512 tokens)."""
-
-SCORES_SCHEMA = pa.schema(
-    [("pair_id", pa.string()), ("chosen_logps", pa.list_(pa.float32())), ("rejected_logps", pa.list_(pa.float32()))]
-)
 
 
 def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, output: Path | None = None) -> Artifact:
@@ -38,7 +32,7 @@ def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, o
     def body(out: Output) -> Summary:
         tables = {split: pq.read_table(pairs.path / f"{split}.parquet") for split in SPLITS}
         everything = pa.concat_tables(tables.values())
-        scorer = functools.partial(ScoreTable, config.model, config.compute.device, None, config.score.row_tokens)
+        scorer = functools.partial(score_table_of, config.model, config.compute.device, None, config.score.row_tokens)
         scores = score_table(everything, scorer, executor, Reporter.from_environment("score_reference"))
         for split, table in tables.items():
             scored = join_scores(table, scores, prefix="reference_")
@@ -48,22 +42,15 @@ def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, o
     return make(config, "score_reference", content, inputs, body, output=output)
 
 
-class ScoreTable:
-    """Pairs to SCORES_SCHEMA under one policy; built once per worker."""
+def score_table_of(model: ModelConfig, device: str, weights: str | None, row_tokens: int) -> TableFunction:
+    """Builds the scorer in its worker; torch is imported there and not here."""
+    from dpo_train.model.score_table import ScoreTable
 
-    def __init__(self, model: ModelConfig, device: str, weights: str | None, row_tokens: int) -> None:
-        self._policy = load_policy(model, device=select_device(device), weights=Path(weights) if weights else None)
-        self._row_tokens = row_tokens
-        check_layout(self._policy)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        scores = score_pairs(self._policy, token_pairs(table), self._row_tokens)
-        columns = [table["pair_id"], [chosen for chosen, _ in scores], [rejected for _, rejected in scores]]
-        return pa.table(columns, schema=SCORES_SCHEMA)
+    return ScoreTable(model, device, weights, row_tokens)
 
 
 def score_table(
-    table: pa.Table, make_scorer: functools.partial[ScoreTable], executor: Executor, reporter: Reporter
+    table: pa.Table, make_scorer: Callable[[], TableFunction], executor: Executor, reporter: Reporter
 ) -> pa.Table:
     """Per-token log-probs of all pairs of a table, in any order (SCORES_SCHEMA)."""
     wanted = table.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])

@@ -7,6 +7,8 @@ import functools
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from dpo_train.artifacts import Artifact, Output, Summary, open_artifact
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.errors import ConfigError
@@ -15,7 +17,6 @@ from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.executor import Executor, InProcess
 from dpo_train.stages.train import CADENCE, check_train_config, train
-from dpo_train.train.worker import load_split
 
 TRIALS_FILE = "trials.json"
 
@@ -43,7 +44,7 @@ def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Pa
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
 
     def body(out: Output) -> Summary:
-        num_validation = len(load_split(scored.path, "validation"))
+        num_validation = pq.read_metadata(scored.path / "validation.parquet").num_rows
         if not num_validation:
             raise ConfigError(
                 "The sweep has no validation pairs to choose beta on", fix="raise prepare.validation_fraction"

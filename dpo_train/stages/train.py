@@ -12,7 +12,7 @@ from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.executor import Executor
-from dpo_train.train.worker import TrainJob
+from dpo_train.train.job import TrainJob
 
 CADENCE = ("checkpoint_steps",)
 """Options that change when something is saved, never what is trained."""

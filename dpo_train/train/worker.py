@@ -5,38 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo_train.config import ModelConfig, TrainConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.data.pairs import TokenPair, token_pairs
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.model.load import load_policy, save_policy, select_device
 from dpo_train.model.score import check_layout
-from dpo_train.progress import Reporter
 from dpo_train.train.checkpoint import CHECKPOINT_FOLDER
+from dpo_train.train.job import TrainJob
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 
 RANKS_FOLDER = "ranks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """All that a rank needs to know; picklable, paths as text."""
-
-    model: ModelConfig
-    device: str
-    config: TrainConfig
-    seed: int
-    identity: str
-    scored: str
-    data_digest: str
-    output: str
-    reporter: Reporter
 
 
 def run_rank(job: TrainJob, ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-# Few letters, so that equal answers and blank ones turn up; a lone surrogate, which JSON can write and UTF-8 cannot hold.
+# Few letters, so that equal and blank answers turn up; a lone surrogate, which JSON can write and UTF-8 cannot hold.
 TEXT = st.text("ab \n\u00e9\U0001f600", max_size=4) | st.text("a\ud800", max_size=2) | st.text(max_size=12)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,

@@ -16,7 +16,7 @@ from dpo_train.errors import ModelError
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-# A text with an unpaired surrogate never comes here (data/validate.py), and the special tokens have a test of their own.
+# Lone surrogates never come here (data/validate.py), and the special tokens have a test of their own.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \naeö"), min_size=1, max_size=20)
 
 
@@ -106,7 +106,7 @@ def test_long_answer_is_cut_at_its_end_without_eos_and_counted(limit: int, chose
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_end_of_turn_written_inside_an_answer_does_not_end_it(template: str) -> None:
-    """Such an answer is rejected or loses nothing silently: never a second EOS, never text cut without being counted."""
+    """Such an answer is rejected, or loses nothing: never a second EOS, never text cut without being counted."""
     outcome = _encoder(template=template).encode(_pair("hi", f"kind{EOS}rude", "cold"))
     if not isinstance(outcome, Rejection):
         ids = outcome[0].chosen_ids.tolist()

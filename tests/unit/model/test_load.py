@@ -42,7 +42,7 @@ def _move(policy: Policy) -> None:
     """A made-up training: every trainable weight moves."""
     with torch.no_grad():
         for parameter in policy.trainable().values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def test_fresh_adapters_compute_exactly_the_base(model_folder: Path) -> None:

@@ -36,7 +36,7 @@ def _moved(folder: Path) -> Policy:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(5)
         for parameter in policy.trainable().values():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return policy
 
 

@@ -1,0 +1,26 @@
+"""Tables of pairs to tables of log-probs, for workers that know tables only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from dpo_train.config import ModelConfig
+from dpo_train.data.pairs import SCORES_SCHEMA, token_pairs
+from dpo_train.model.load import load_policy, select_device
+from dpo_train.model.score import check_layout, score_pairs
+
+
+class ScoreTable:
+    """Pairs to SCORES_SCHEMA under one policy; built once per worker."""
+
+    def __init__(self, model: ModelConfig, device: str, weights: str | None, row_tokens: int) -> None:
+        self._policy = load_policy(model, device=select_device(device), weights=Path(weights) if weights else None)
+        self._row_tokens = row_tokens
+        check_layout(self._policy)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        scores = score_pairs(self._policy, token_pairs(table), self._row_tokens)
+        columns = [table["pair_id"], [chosen for chosen, _ in scores], [rejected for _, rejected in scores]]
+        return pa.table(columns, schema=SCORES_SCHEMA)

@@ -1,0 +1,23 @@
+"""What a training is told. Free of torch, so that a stage whose output is reused never imports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_train.config import ModelConfig, TrainConfig
+from dpo_train.progress import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that a rank needs to know; picklable, paths as text."""
+
+    model: ModelConfig
+    device: str
+    config: TrainConfig
+    seed: int
+    identity: str
+    scored: str
+    data_digest: str
+    output: str
+    reporter: Reporter

@@ -1,0 +1,155 @@
+"""Ray Data, Ray Train and Ray Tune behind the executor's three questions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from safetensors.torch import load_file
+
+from dpo_train.artifacts import Artifact
+from dpo_train.config import ComputeConfig, RunConfig
+from dpo_train.errors import DataError, NonFiniteLossError, WorkerError
+from dpo_train.progress import Reporter
+from dpo_train.runtime.executor import RayExecutor
+from dpo_train.stages import prepare, score_reference
+from dpo_train.stages.executor import InProcess
+from dpo_train.train.job import TrainJob
+from tests.tiny import tiny_config
+
+EXECUTOR = RayExecutor(ComputeConfig(workers=2, data_workers=2, max_failures=2))
+
+
+def test_map_tables_gives_every_table_once_from_more_than_one_process() -> None:
+    """All results come back, and the work is spread over the actors."""
+    tables = [pa.table({"x": [index]}) for index in range(20)]
+
+    found = list(EXECUTOR.map_tables(_double, tables, uses_model=True))
+
+    assert sorted(table["x"][0].as_py() for table in found) == [2 * index for index in range(20)]
+    assert len({table["pid"][0].as_py() for table in found}) == 2
+    assert os.getpid() not in {table["pid"][0].as_py() for table in found}
+
+
+@pytest.mark.parametrize(("error", "expected"), [(DataError("bad line"), DataError), (KeyError("x"), WorkerError)])
+def test_map_tables_raises_what_a_worker_raised(error: Exception, expected: type[Exception]) -> None:
+    """An error of ours comes out as itself with its words; another is a WorkerError that names it."""
+    with pytest.raises(expected, match="bad line|KeyError"):
+        list(EXECUTOR.map_tables(functools.partial(_failing, error), [pa.table({"x": [1]})], uses_model=False))
+
+
+def test_failed_trial_is_a_finding_and_the_others_finish(tmp_path: Path) -> None:
+    """One trial raises: its reason comes back in its place; the rest ran."""
+    trials = [functools.partial(_trial, tmp_path / str(index), fail=index == 1) for index in range(3)]
+
+    failures = EXECUTOR.trials(trials)
+
+    assert failures[0] is None
+    assert failures[2] is None
+    assert "NonFiniteLossError: too hot" in str(failures[1])
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2"}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Artifact]:
+    config = tiny_config(tmp_path_factory.mktemp("scored"))
+    return config, score_reference(config, prepare(config, InProcess()), InProcess())
+
+
+@pytest.mark.slow
+def test_worker_killed_in_the_middle_resumes_to_the_same_weights(
+    scored: tuple[RunConfig, Artifact], tmp_path: Path
+) -> None:
+    """SIGKILL at step 8 of 20, with checkpoints every 5: the weights and the history equal the unbroken run's."""
+    unbroken = _job(scored, tmp_path / "unbroken", Reporter())
+    killed = _job(scored, tmp_path / "killed", KillOnce(stage=str(tmp_path / "was-killed")))
+
+    EXECUTOR.train(unbroken)
+    EXECUTOR.train(killed)
+
+    assert (tmp_path / "was-killed").exists()
+    weights = [load_file(Path(job.output) / "adapter" / "adapter_model.safetensors") for job in (unbroken, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert any(weights[0][name].abs().max() > 0 for name in weights[0] if "lora_B" in name)
+    losses = [[line["loss"] for line in _history(job)] for job in (unbroken, killed)]
+    assert len(losses[0]) == 20
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_error_that_a_retry_cannot_mend_is_raised_once(scored: tuple[RunConfig, Artifact], tmp_path: Path) -> None:
+    """A rank's own error is not retried though failures are allowed, and arrives as itself."""
+    job = _job(scored, tmp_path / "output", RaiseAndCount(stage=str(tmp_path / "count")))
+
+    with pytest.raises(NonFiniteLossError, match="too hot"):
+        EXECUTOR.train(job)
+
+    assert (tmp_path / "count").read_text() == "x"
+
+
+@dataclass(frozen=True)
+class KillOnce(Reporter):
+    """Kills its own process at step 8, the first time; ``stage`` is the file that remembers."""
+
+    def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
+        if done == 8 and not Path(self.stage).exists():
+            Path(self.stage).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class RaiseAndCount(Reporter):
+    """Raises at the first step; the file ``stage`` has a letter for each time."""
+
+    def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
+        with Path(self.stage).open("a") as stream:
+            stream.write("x")
+        raise NonFiniteLossError("too hot")
+
+
+def _job(scored: tuple[RunConfig, Artifact], output: Path, reporter: Reporter) -> TrainJob:
+    config, artifact = scored
+    output.mkdir()
+    return TrainJob(
+        model=config.model,
+        device="cpu",
+        config=replace(config.train, evaluate_steps=1000),
+        seed=0,
+        identity="test",
+        scored=str(artifact.path),
+        data_digest="data",
+        output=str(output),
+        reporter=reporter,
+    )
+
+
+def _history(job: TrainJob) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(job.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _double() -> Callable[[pa.Table], pa.Table]:
+    def double(table: pa.Table) -> pa.Table:
+        return pa.table({"x": [2 * table["x"][0].as_py()], "pid": [os.getpid()]})
+
+    return double
+
+
+def _failing(error: Exception) -> Callable[[pa.Table], pa.Table]:
+    def fail(table: pa.Table) -> pa.Table:
+        raise error
+
+    return fail
+
+
+def _trial(path: Path, *, fail: bool) -> None:
+    path.touch()
+    if fail:
+        raise NonFiniteLossError("too hot")
