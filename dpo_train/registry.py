@@ -46,7 +46,6 @@ def register_version(
     run_id: str,
     tags: Mapping[str, str],
     metadata: Mapping[str, Any],
-    example: str,
 ) -> str:
     """Logs the model under a run and registers it as a version with an alias.
 
@@ -59,6 +58,8 @@ def register_version(
         the version.
     """
     import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
 
     existing = find_version(client, name, digest)
     if existing is None:
@@ -70,7 +71,8 @@ def register_version(
                 {"model": model, "tokenizer": tokenizer},
                 name="model",
                 task="text-generation",
-                input_example=example,
+                # Given outright: MLflow would generate hundreds of tokens to find out that text goes in and comes out.
+                signature=ModelSignature(inputs=Schema([ColSpec("string")]), outputs=Schema([ColSpec("string")])),
                 metadata=dict(metadata),
                 pip_requirements=list(REQUIREMENTS),
                 registered_model_name=name,

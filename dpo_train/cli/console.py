@@ -207,6 +207,7 @@ class _Lines:
         self._console = console
         self._last = 0.0
         self._began = 0.0
+        self._done = 0.0
 
     def start(self) -> None:
         """Nothing to set up."""
@@ -218,20 +219,29 @@ class _Lines:
         stage, kind = event["stage"], event["kind"]
         text = ""
         if kind == "start":
-            text, self._began, self._last = "started", event["time"], event["time"]
+            text, self._began, self._done, self._last = "started", event["time"], 0.0, event["time"]
         elif kind == "message":
-            text, self._began = event["text"], event["time"]
+            text = event["text"]
         elif kind == "end":
             text = f"{'reused' if event['reused'] else 'done'} after {event['seconds']:.1f} s: {event['summary']}"
-        elif kind == "progress" and (event["time"] - self._last >= LINE_SECONDS or event["done"] == event["total"]):
-            self._last = event["time"]
-            seconds = max(1e-9, event["time"] - self._began)
-            rate = event["done"] / seconds
-            left = (event["total"] - event["done"]) / rate if rate else 0
-            text = f"{event['done']:g}/{event['total']:g} {event['unit']}, {left:.0f} s left  {_numbers(event, rate)}"
+        elif kind == "progress":
+            text = self._progress(event)
         if text:
             self._console.print(f"{stage:16s} {escape(text)}", soft_wrap=True)
             self._console.file.flush()
+
+    def _progress(self, event: dict[str, Any]) -> str:
+        """A line every LINE_SECONDS and at the end; the rate counts from where this counting (trial, unit) began."""
+        done, total, now = event["done"], event["total"], event["time"]
+        if done < self._done or not self._began:
+            self._began = now
+        self._done = done
+        if now - self._last < LINE_SECONDS and done != total:
+            return ""
+        self._last = now
+        rate = done / max(1e-9, now - self._began)
+        left = (total - done) / rate if rate else 0
+        return f"{done:g}/{total:g} {event['unit']}, {left:.0f} s left  {_numbers(event, rate)}"
 
 
 def _numbers(event: dict[str, Any], rate: float) -> str:

@@ -49,7 +49,6 @@ def register(
             run_id=run,
             tags={f"dpo.{key}": value for key, value in inputs.items()},
             metadata={"beta": policy.record.details["beta"], "metrics": dict(report.record.metrics)},
-            example="Hello",
         )
         if run_id is None:
             tracking.end(run, "FINISHED")

@@ -41,7 +41,7 @@ def test_map_tables_gives_every_table_once_from_more_than_one_process() -> None:
 @pytest.mark.parametrize(("error", "expected"), [(DataError("bad line"), DataError), (KeyError("x"), WorkerError)])
 def test_map_tables_raises_what_a_worker_raised(error: Exception, expected: type[Exception]) -> None:
     """An error of ours comes out as itself with its words; another is a WorkerError that names it."""
-    with pytest.raises(expected, match="bad line|KeyError"):
+    with pytest.raises(expected, match=r"bad line|KeyError"):
         list(EXECUTOR.map_tables(functools.partial(_failing, error), [pa.table({"x": [1]})], uses_model=False))
 
 

@@ -68,11 +68,11 @@ def test_reporter_crosses_process_borders(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_writers_in_several_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
-    """Three processes with 300 events each: 900 whole lines, each writer's in its order."""
+    """Three processes with 100 events each: 300 whole lines, each writer's in its order."""
     file = tmp_path / "events.jsonl"
     code = (
         "import sys; from dpo_train.progress import Reporter\n"
-        "for i in range(300): Reporter(sys.argv[1], sys.argv[2]).progress(i, 300, text='x' * 300)"
+        "for i in range(100): Reporter(sys.argv[1], sys.argv[2]).progress(i, 100, text='x' * 300)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(file), name]) for name in "abc"]
     follower, events = Follower(file), []
@@ -82,4 +82,4 @@ def test_writers_in_several_processes_do_not_mix_their_lines(tmp_path: Path) -> 
     events += follower.new()
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     for name in "abc":
-        assert [event["done"] for event in events if event["stage"] == name] == list(range(300))
+        assert [event["done"] for event in events if event["stage"] == name] == list(range(100))

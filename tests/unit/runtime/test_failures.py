@@ -42,10 +42,10 @@ def test_cause_is_found_under_wrappers() -> None:
 def test_foreign_error_becomes_one_that_pickles() -> None:
     """An error that cannot cross a process border is named in one that can."""
 
-    class Local(Exception):
+    class LocalError(Exception):
         pass
 
-    error = pickle.loads(pickle.dumps(known_error(Local("x"), "A rank failed")))
+    error = pickle.loads(pickle.dumps(known_error(LocalError("x"), "A rank failed")))
 
     assert isinstance(error, WorkerError)
-    assert "A rank failed: Local: x" in str(error)
+    assert "A rank failed: LocalError: x" in str(error)

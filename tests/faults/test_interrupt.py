@@ -1,0 +1,127 @@
+"""Ctrl-C in every stage: exit 130, no traceback, no half output that counts, no stray process; then it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.command import Finished, dpo, start, write_config
+from tests.tiny import tiny_config
+
+pytest.importorskip("kfp")
+pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+STAGES = ["prepare", "score_reference", "sweep", "train", "evaluate", "register"]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupt")
+    config = tiny_config(
+        folder, compute__executor="ray", compute__workers=2, sweep__betas=[0.1], sweep__max_steps=3, tracking__uri=None
+    )
+    return write_config(config, folder / "config.yaml")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupt_in_a_stage_leaves_nothing_behind_and_the_next_run_goes_on(config_file: Path, stage: str) -> None:
+    """The stages before are complete and reused, the interrupted one is not."""
+    store = config_file.parent / "store"
+    process = start("run", str(config_file))
+    for event in events_of_new_run(store, known=set(folders(store))):
+        if event["stage"] == stage and event["kind"] in {"start", "progress", "message"}:
+            break
+        assert event["kind"] != "end" or event["reused"] or event["stage"] in STAGES[: STAGES.index(stage)]
+    family = psutil.Process(process.pid).children(recursive=True)
+
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 130, output
+    assert "Interrupted" in output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert list(store.glob(f"{stage}/*/record.json")) == []
+    for earlier in STAGES[: STAGES.index(stage)]:
+        assert len(list(store.glob(f"{earlier}/*/record.json"))) == 1
+
+
+def test_run_after_all_interrupts_completes(config_file: Path) -> None:
+    """What was complete is reused; the rest is made."""
+    finished = dpo("run", str(config_file), store=config_file.parent / "store")
+
+    assert finished.code == 0, finished.output
+    reused = [stage for stage, end in finished.ends().items() if end["reused"]]
+    assert reused == STAGES[:5]
+
+
+def test_terminated_run_ends_as_an_interrupted_one(config_file: Path) -> None:
+    """SIGTERM (an administrator, a time limit) clears up too."""
+    process = start("run", str(config_file), "seed=7")
+    store = config_file.parent / "store"
+    for event in events_of_new_run(store, known=set(folders(store))):
+        if event["kind"] == "start":
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 130, output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_killed_run_continues_from_the_last_complete_output(config_file: Path) -> None:
+    """SIGKILL in the middle of training: Ray ends with its driver, and the next run trains on from a checkpoint."""
+    store = config_file.parent / "store"
+    arguments = ("run", str(config_file), "seed=11", "train.checkpoint_steps=1")
+    process = start(*arguments)
+    for event in events_of_new_run(store, known=set(folders(store))):
+        if event["stage"] == "train" and event["kind"] == "progress" and event["done"] >= 5:
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    # The task that kfp.local had started is an orphan now; a person's shell would have ended its group.
+    for orphan in family:
+        if orphan.is_running() and "executor_main" in " ".join(orphan.cmdline()):
+            os.kill(orphan.pid, signal.SIGKILL)
+    psutil.wait_procs(family, timeout=60)
+
+    finished: Finished = dpo(*arguments, store=store)
+
+    assert finished.code == 0, finished.output
+    assert [s for s, end in finished.ends().items() if end["reused"]] == ["prepare", "score_reference", "sweep"]
+    steps = [e["done"] for e in finished.events if e["stage"] == "train" and e["kind"] == "progress"]
+    assert steps[0] > 1
+    assert steps[-1] == 20
+
+
+def folders(store: Path) -> list[Path]:
+    return list((store / "runs").glob("*"))
+
+
+def events_of_new_run(store: Path, *, known: set[Path], timeout: float = 300) -> Iterator[dict[str, Any]]:
+    """Events of the run folder that appears, as they come."""
+    deadline = time.monotonic() + timeout
+    seen = 0
+    while time.monotonic() < deadline:
+        for folder in set(folders(store)) - known:
+            file = folder / "events.jsonl"
+            whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+            for line in whole[seen:]:
+                seen += 1
+                yield json.loads(line)
+        time.sleep(0.02)  # the file is another process's; there is no event to wait for
+    raise TimeoutError(f"no such event within {timeout} s")
