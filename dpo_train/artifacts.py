@@ -116,6 +116,8 @@ def identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -
 
 def digest_path(path: Path) -> str:
     """SHA-256 over a file, or over the names and contents of all visible files below a folder."""
+    if not path.exists():
+        raise StoreError(f"There is nothing at {path}")
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
     for file in files:
@@ -167,12 +169,14 @@ def produce(
     config = json.loads(json.dumps(config))
     digest = identity(stage, config, inputs)
     claim = {"stage": stage, "digest": digest, "config": config, "inputs": dict(inputs)}
+    with _storage_errors(target):
+        if found := _complete(target, claim):  # before the lock: a store may be mounted read-only
+            return found
     with _storage_errors(target), _locked(target):
-        _check_claim(target, claim)
-        if (target / RECORD_FILE).is_file():
-            return dataclasses.replace(open_artifact(target), reused=True)
+        if found := _complete(target, claim):
+            return found
         if target.exists() and not resumable:
-            shutil.rmtree(target)
+            _empty(target)
         target.mkdir(parents=True, exist_ok=True)
         output = Output(target)
         output.write_json(CLAIM_FILE, claim)
@@ -204,7 +208,10 @@ def open_artifact(path: Path, stage: str | None = None) -> Artifact:
     if not file.is_file():
         state = "is not complete (its stage was interrupted)" if (path / CLAIM_FILE).is_file() else "holds no output"
         raise StoreError(f"{path} {state}", expected=f"a folder with {RECORD_FILE}", fix="run the stage that makes it")
-    record = Record(**json.loads(file.read_text(encoding="utf-8")))
+    try:
+        record = Record(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        raise StoreError(f"{file} was written by another version", fix=f"remove {path} and run again") from None
     if stage is not None and record.stage != stage:
         raise StoreError(f"{path} is the output of another stage", got=record.stage, expected=stage)
     return Artifact(path=path, record=record)
@@ -220,6 +227,15 @@ def check_writable(store: Path) -> None:
         store.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=store):
             pass
+
+
+def _empty(folder: Path) -> None:
+    """Removes the content, the claim last: killed halfway, the folder is still known as ours."""
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == CLAIM_FILE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def library_versions() -> dict[str, str]:
@@ -247,10 +263,20 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def _complete(target: Path, claim: Mapping[str, Any]) -> Artifact | None:
+    """The output if it is there already; an error if the folder is not for it."""
+    _check_claim(target, claim)
+    if not (target / RECORD_FILE).is_file():
+        return None
+    return dataclasses.replace(open_artifact(target), reused=True)
+
+
 def _check_claim(target: Path, claim: Mapping[str, Any]) -> None:
     file = target / CLAIM_FILE
     if not file.is_file():
-        if target.is_dir() and any(target.iterdir()):
+        # A process killed before its claim was in place leaves the claim's temporary file.
+        leftover = f".{CLAIM_FILE}."
+        if target.is_dir() and any(not p.name.startswith(leftover) for p in target.iterdir()):
             raise StoreError(f"The output folder {target} is not empty and not an output of ours", fix="name another")
         return
     try:
@@ -311,14 +337,23 @@ def _storage_errors(target: Path) -> Iterator[None]:
         yield
     except (StoreError, DiskFullError):
         raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if _is_disk_full(error):
             raise DiskFullError(
                 f"The disk holding {target} is full; the output stays incomplete and does not count",
                 fix="free some space (`dpo gc` lists outputs that nothing refers to) and run the same command again",
             ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
+        if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
             raise StoreError(
                 f"{target} cannot be written: {error.strerror}", fix="set `store` to a folder of yours"
             ) from error
         raise
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """torch.save raises a RuntimeError in whose context the OSError stands, safetensors an error of its own."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

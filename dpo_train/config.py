@@ -28,7 +28,7 @@ Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -247,6 +247,12 @@ def to_text(config: RunConfig) -> str:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``5e-7`` is a number, as people mean it (YAML 1.1 reads it as text)."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
@@ -302,7 +308,11 @@ def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
     """One problem per key: a union reports every branch that failed, of which the first says enough."""
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for problem in error.errors(include_url=False):
-        path = tuple(part for part in problem["loc"] if not (isinstance(part, str) and _is_union_tag(part)))
+        *sections, last = problem["loc"]
+        path = tuple(part for part in sections if not (isinstance(part, str) and _is_union_tag(part)))
+        # An unknown key is always the last part, whatever it looks like.
+        if problem["type"] == "unexpected_keyword_argument" or not (isinstance(last, str) and _is_union_tag(last)):
+            path = (*path, last)
         seen.setdefault(path, {**problem, "loc": path})
     return list(seen.values())
 

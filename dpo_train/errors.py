@@ -30,7 +30,9 @@ class DpoError(Exception):
 
 
 def _rebuild(kind: type[DpoError], message: str) -> DpoError:
-    error = kind.__new__(kind)
+    # By name: with an OSError among the parents, kind.__new__ finds RuntimeError's first, which refuses its layout.
+    layout = next(base for base in (OSError, ImportError, Exception) if issubclass(kind, base))
+    error: DpoError = layout.__new__(kind)
     Exception.__init__(error, message)
     return error
 

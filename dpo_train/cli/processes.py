@@ -14,7 +14,11 @@ GRACE_SECONDS = 10
 
 @contextmanager
 def end_children() -> Iterator[None]:
-    """Ends every child process that was started inside, if the block is left by an error or an interrupt."""
+    """Ends every child process that was started inside, if the block is left by an error or an interrupt.
+
+    A termination counts as an interrupt. Enter it after Ray has started: Ray takes SIGTERM for itself, and aborts.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = {child.pid for child in psutil.Process().children()}
     try:
         yield

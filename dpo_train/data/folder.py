@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_train.artifacts import digest_path
 from dpo_train.errors import ModelError
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 
 
 def model_folder(path: str) -> Path:
@@ -45,8 +45,11 @@ def weights_digest(folder: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Digest of the tokenizer's files alone, so that pairs are not made again when only weights change."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(_TOKENIZER_FILES))
+    """Digest of all but the weights, so that pairs are not made again when only weights change.
+
+    Tokenizers come under too many file names to list; a config among them costs nothing but a needless prepare.
+    """
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.endswith(_WEIGHTS))
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{digest_path(file)}\0".encode())

@@ -65,8 +65,11 @@ def plan_blocks(files: list[Path]) -> list[Block]:
 def read_block(block: Block) -> Iterator[tuple[int, Any]]:
     """(line, record) for each record; an undecodable one is a Rejection. Lines count from 1; blank ones are skipped."""
     if block.path.endswith(".parquet"):
-        table = pq.ParquetFile(block.path).read_row_group(block.start)
-        yield from enumerate(table.to_pylist(), block.first_line)
+        try:
+            records = pq.ParquetFile(block.path).read_row_group(block.start).to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{block.path}, row group {block.start}, is damaged: {error}") from None
+        yield from enumerate(records, block.first_line)
         return
     with Path(block.path).open("rb") as stream:
         stream.seek(block.start)

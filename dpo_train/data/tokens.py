@@ -6,7 +6,6 @@ sees. The answer ends with the end-of-turn token, except where it was cut.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,9 @@ class PairTokenizer:
 
     def encode(self, pair: PreferencePair) -> tuple[TokenPair, int] | Rejection:
         """Token ids and the number of answers that were cut (0 to 2), or why the pair cannot be used."""
+        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if self._tokenizer.eos_token in answer:
+                return Rejection("end_token_in_answer", f"{name} spells {self._tokenizer.eos_token}")
         try:
             prompt, chosen, rejected = self._texts(pair)
         except Exception as error:  # a template is a program of the model's author and raises what it likes
@@ -108,8 +110,3 @@ class PairTokenizer:
         # What a template writes after the end of the turn is never generated.
         ids = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else [*ids, eos]
         return (ids[: self._max_answer], True) if len(ids) > self._max_answer else (ids, False)
-
-
-def with_reference(pair: TokenPair, chosen: Any, rejected: Any) -> TokenPair:
-    """The pair with its reference log-probs."""
-    return replace(pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected)

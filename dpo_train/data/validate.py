@@ -22,9 +22,9 @@ def validate(record: Any, group_key: str | None = None) -> PreferencePair | Reje
     needed = ["prompt", "chosen", "rejected", *([group_key] if group_key else [])]
     missing = [name for name in needed if record.get(name) is None]
     if missing:
-        return Rejection(
-            "missing_field", f"no {', '.join(missing)}; the record has {', '.join(map(str, record))[:100]}"
-        )
+        # A field's name may hold what UTF-8 cannot.
+        names = ", ".join(map(str, record))[:100].encode(errors="backslashreplace").decode()
+        return Rejection("missing_field", f"no {', '.join(missing)}; the record has {names}")
     prompt = _prompt(record["prompt"])
     if isinstance(prompt, Rejection):
         return prompt

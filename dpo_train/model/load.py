@@ -180,7 +180,9 @@ def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
     from peft import get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    # With tied weights the input embedding is the same matrix; merging its adapter would change the output as well.
+    matrix = model.get_output_embeddings().weight
+    head = [name for name, module in model.named_modules() if getattr(module, "weight", None) is matrix]
     if not isinstance(targets, str) and set(targets) & {name.rpartition(".")[2] for name in head}:
         raise ModelError(
             "LoRA on the vocabulary matrix is not supported: log-probs use it without its adapter",

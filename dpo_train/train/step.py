@@ -56,6 +56,12 @@ def train_step(
         _raise_non_finite(policy, pairs, config, ranks, step)
     ranks.sum_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    if not bool(torch.isfinite(grad_norm)):
+        raise NonFiniteLossError(
+            f"The gradient is not finite at step {step}",
+            got=f"norm {float(grad_norm)}",
+            fix="lower train.learning_rate, or look at this step's pairs",
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
