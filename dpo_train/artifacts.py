@@ -35,7 +35,7 @@ RECORD_FILE = "record.json"
 CLAIM_FILE = "claim.json"
 
 # What only shows or moves results is not part of what computes them.
-_PRESENTATION = {"cli", "console.py", "cluster", "progress.py", "tracking.py", "launch.py", "recipes"}
+_PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if not ({relative.parts[0], relative.stem} & _PRESENTATION or relative.name in _PRESENTATION):
+        if relative.parts[0] not in _PRESENTATION:
             digest.update(f"{relative}\0".encode() + path.read_bytes() + b"\0")
     return f"{importlib.metadata.version('dpo-train')}+{digest.hexdigest()[:12]}"
 

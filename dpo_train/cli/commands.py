@@ -150,23 +150,22 @@ def _watched(config: RunConfig, work: Any) -> int:
 
 
 def _explain(error: BaseException, display: Display) -> int:
-    """What went wrong, in words: the failed stage's own if it left some."""
-    told = display.failure
+    """Says what went wrong, in the failed stage's own words where it left some, and returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         display.print("[bold]Interrupted.[/] Complete outputs are kept; the same command continues from them.")
         return 130
-    if told is not None and not isinstance(error, DpoError):
-        code = int(told["exit_code"])
-        display.fail(
-            told["stage"], told["message"] if code != 1 or told["known"] else f"{told['error']}: {told['message']}"
-        )
-        if code == 3:
-            display.print_report()
-        return code
-    code = launch.exit_code(error)
-    if not isinstance(error, DpoError):
+    told = display.failure
+    stage_name = told["stage"] if told else ""
+    if isinstance(error, DpoError):
+        code, message = error.exit_code, str(error)
+    elif told is not None and told["known"]:
+        # kfp.local only says that a task failed; the task's own error came through its events.
+        code, message = int(told["exit_code"]), told["message"]
+    else:
         display.log_traceback(error)
-    display.fail(told["stage"] if told else "", str(error) or type(error).__name__)
+        kind, text = (told["error"], told["message"]) if told else (type(error).__name__, str(error))
+        code, message = 1, f"{kind}: {text}"
+    display.fail(stage_name, message, code)
     if code in {1, 3}:
         display.print_report()
     return code

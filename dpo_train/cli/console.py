@@ -80,10 +80,11 @@ class Display:
     def note(self, text: str) -> None:
         self._console.print(f"[dim]{escape(text)}[/]")
 
-    def fail(self, stage: str, message: str) -> None:
-        """The one message of a failed command."""
+    def fail(self, stage: str, message: str, code: int) -> None:
+        """The one message of a command that did not succeed."""
         where = f" in {stage}" if stage else ""
-        self._console.print(f"[bold red]Failed{where}.[/] {escape(message)}")
+        title = "[bold yellow]Refused.[/]" if code == 3 else f"[bold red]Failed{where}.[/]"
+        self._console.print(f"{title} {escape(message)}")
         self.note(f"all that was printed: {self._folder.log}")
 
     def log_traceback(self, error: BaseException) -> None:

@@ -1,0 +1,187 @@
+"""Stages in this process: records, reuse and identity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_train.artifacts import Artifact
+from dpo_train.config import RunConfig
+from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, SPLITS
+from dpo_train.errors import ConfigError, DataError, NonFiniteLossError
+from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
+from dpo_train.stages.executor import InProcess
+from tests.tiny import tiny_config
+
+LOCAL = InProcess()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return tiny_config(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def pairs(config: RunConfig) -> Artifact:
+    return prepare(config, LOCAL)
+
+
+@pytest.fixture(scope="module")
+def scored(config: RunConfig, pairs: Artifact) -> Artifact:
+    return score_reference(config, pairs, LOCAL)
+
+
+@pytest.fixture(scope="module")
+def policy(config: RunConfig, scored: Artifact) -> Artifact:
+    return train(config, scored, LOCAL)
+
+
+def with_(config: RunConfig, section: str, **changes: object) -> RunConfig:
+    return replace(config, **{section: replace(getattr(config, section), **changes)})
+
+
+def test_prepare_accounts_for_every_record(config: RunConfig, tmp_path: Path) -> None:
+    """Of 204 records 3 are broken and 1 stands twice: records = used + rejected, each with its line and reason."""
+    data = tmp_path / "pairs.jsonl"
+    lines = Path(config.prepare.path).read_text().splitlines()
+    broken = ["{not json", json.dumps({"prompt": "a"}), json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"})]
+    data.write_text("\n".join([*broken, lines[0], *lines]) + "\n")
+    changed = with_(replace(config, store=str(tmp_path / "store")), "prepare", path=str(data), group_key=None)
+
+    made = prepare(changed, LOCAL)
+
+    counts = made.record.counts
+    assert counts["records"] == 204 == counts["used"] + counts["rejected"]
+    assert counts["used"] == 200 == sum(counts[f"pairs/{split}"] for split in SPLITS)
+    rejections = [json.loads(line) for line in (made.path / "rejections.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["reason"]) for r in rejections] == [
+        (1, "undecodable"),
+        (2, "missing_field"),
+        (3, "identical_answers"),
+        (5, "duplicate"),
+    ]
+    assert rejections[3]["detail"] == "of pairs.jsonl line 4"
+    assert pq.read_schema(made.path / "train.parquet").equals(PAIR_SCHEMA)
+
+
+def test_no_group_is_in_two_splits(pairs: Artifact) -> None:
+    """A conversation stays whole."""
+    groups = [set(pq.read_table(pairs.path / f"{split}.parquet")["group"].to_pylist()) for split in SPLITS]
+
+    assert all(groups)
+    assert groups[0] & groups[1] == groups[0] & groups[2] == groups[1] & groups[2] == set()
+
+
+def test_scores_stand_beside_their_pair(scored: Artifact, pairs: Artifact) -> None:
+    """As many log-probs as answer tokens, all negative, in the order of the pairs."""
+    for split in SPLITS:
+        table = pq.read_table(scored.path / f"{split}.parquet")
+        assert table.schema.equals(SCORED_SCHEMA)
+        assert table["pair_id"].to_pylist() == pq.read_table(pairs.path / f"{split}.parquet")["pair_id"].to_pylist()
+        for row in table.to_pylist():
+            for side in ("chosen", "rejected"):
+                assert len(row[f"reference_{side}_logps"]) == len(row[f"{side}_ids"])
+                assert max(row[f"reference_{side}_logps"]) < 0
+
+
+def test_rerun_is_reused_and_other_settings_are_not(
+    config: RunConfig, pairs: Artifact, scored: Artifact, policy: Artifact
+) -> None:
+    """Address = identity: the same config gives the same complete output; what changes content gives another."""
+    assert prepare(config, LOCAL).reused
+    assert score_reference(config, pairs, LOCAL).reused
+    again = train(config, scored, LOCAL)
+    assert again.reused
+    assert again.record == policy.record
+    other = train(with_(config, "train", max_steps=1), scored, LOCAL)
+    assert not other.reused
+    assert other.path != policy.path
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("compute", {"workers": 7, "data_workers": 3, "executor": "ray"}),
+        ("tracking", {"experiment": "other"}),
+        ("train", {"checkpoint_steps": 1}),
+    ],
+)
+def test_where_and_how_often_is_no_part_of_the_identity(
+    config: RunConfig, scored: Artifact, policy: Artifact, section: str, changes: dict[str, object]
+) -> None:
+    """Workers, tracking and the cadence of checkpoints change no result."""
+    assert train(with_(config, section, **changes), scored, LOCAL).path == policy.path
+
+
+def test_moved_data_and_model_are_still_the_same(config: RunConfig, pairs: Artifact, tmp_path: Path) -> None:
+    """Identity comes from content: the same file elsewhere gives the same digest."""
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(Path(config.prepare.path).read_bytes())
+
+    assert prepare(with_(config, "prepare", path=str(moved)), LOCAL).record.digest == pairs.record.digest
+
+
+def test_sweep_records_every_trial_and_keeps_no_weights(config: RunConfig, scored: Artifact) -> None:
+    """Two betas, one of which is chosen; why the other was not is in the record."""
+    made = sweep(with_(config, "sweep", betas=(0.1, 0.5), max_steps=3), scored, LOCAL)
+
+    trials = json.loads((made.path / "trials.json").read_text())
+    assert [trial["beta"] for trial in trials["trials"]] == [0.1, 0.5]
+    assert trials["beta"] == made.record.details["beta"]
+    assert trials["why_not"].keys() == {"0.1", "0.5"} - {f"{trials['beta']:g}"}
+    assert list(made.path.rglob("*.safetensors")) == []
+
+
+def test_sweep_goes_on_when_one_trial_diverges(config: RunConfig, scored: Artifact) -> None:
+    """A beta so large that the loss overflows fails alone, with its reason."""
+    made = sweep(with_(config, "sweep", betas=(0.1, 1e38), max_steps=3), scored, LOCAL)
+
+    assert made.record.counts["failed"] == 1
+    assert made.record.details["beta"] == 0.1
+    assert "not finite" in made.record.details["why_not"]["1e+38"]
+
+
+def test_sweep_without_betas_hands_on_the_configs(config: RunConfig, scored: Artifact) -> None:
+    """Nothing is trained."""
+    made = sweep(with_(config, "train", beta=0.3), scored, LOCAL)
+
+    assert made.record.details["beta"] == 0.3
+    assert made.record.counts["trials"] == 0
+
+
+def test_sweep_needs_validation_pairs(config: RunConfig, tmp_path: Path) -> None:
+    """Beta is not chosen on held-out pairs."""
+    no_validation = with_(replace(config, store=str(tmp_path)), "prepare", validation_fraction=0.0)
+    scored = score_reference(no_validation, prepare(no_validation, LOCAL), LOCAL)
+
+    with pytest.raises(ConfigError, match="no validation pairs"):
+        sweep(with_(no_validation, "sweep", betas=(0.1,)), scored, LOCAL)
+
+
+def test_diverging_training_names_its_step_and_is_not_complete(config: RunConfig, scored: Artifact) -> None:
+    """A loss that overflows stops with the step and the pairs."""
+    with pytest.raises(NonFiniteLossError, match="step"):
+        train(with_(config, "train", beta=1e38), scored, LOCAL)
+
+
+def test_evaluation_measures_heldout_pairs_only(config: RunConfig, scored: Artifact, policy: Artifact) -> None:
+    """The report rests on the held-out pairs, and their margins are kept by pair."""
+    made = evaluate(config, scored, policy, LOCAL)
+
+    heldout = pq.read_table(scored.path / "heldout.parquet")
+    margins = pq.read_table(made.path / "margins.parquet")
+    assert margins["pair_id"].to_pylist() == heldout["pair_id"].to_pylist()
+    report = json.loads((made.path / "report.json").read_text())
+    assert report["estimates"]["heldout/accuracy"]["n"] == len(heldout)
+    assert made.record.details["learned"] is True
+    assert len(report["samples"]) == 1
+
+
+def test_too_few_heldout_pairs_are_not_judged(config: RunConfig, scored: Artifact, policy: Artifact) -> None:
+    """n below the minimum is the user's mistake, not a pass."""
+    with pytest.raises(DataError, match="Too few held-out pairs"):
+        evaluate(with_(config, "evaluate", min_heldout_pairs=10_000), scored, policy, LOCAL)
