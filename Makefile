@@ -8,11 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all setup lint format docs compile lock clean
+.PHONY: demo demo-control test test-all setup lint format docs compile lock clean
 
 demo: $(READY)
 	$(BIN)/python examples/assets.py demo/assets
 	$(BIN)/dpo run examples/demo.yaml
+
+# The same with labels drawn by lot: there is nothing to learn, and the run must say so and fail.
+demo-control: $(READY)
+	$(BIN)/python examples/assets.py demo/assets --shuffle-labels
+	$(BIN)/dpo run examples/demo.yaml prepare.path=demo/assets/chitchat-shuffled.jsonl; test $$? -eq 1
 
 test: $(READY) lint
 	$(BIN)/pytest -m "not slow"
@@ -45,7 +50,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)
-	$(BIN)/python -c "from dpo_train.cli.templates import reference; print(reference(), end='')" > docs/config.md
+	$(BIN)/python -c "from pathlib import Path; from dpo_train.cli.templates import reference; Path('docs/config.md').write_text(reference())"
 
 compile: $(READY)
 	$(BIN)/python -m pipelines.compile
@@ -59,4 +64,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV)

@@ -119,7 +119,7 @@ def digest_path(path: Path) -> str:
     if not path.exists():
         raise StoreError(f"There is nothing at {path}")
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
     for file in files:
         digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
@@ -128,7 +128,8 @@ def digest_path(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hidden(file: Path, root: Path) -> bool:
+def is_hidden(file: Path, root: Path) -> bool:
+    """Whether a file or a folder on the way to it has a name that begins with a dot."""
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
@@ -283,6 +284,8 @@ def _check_claim(target: Path, claim: Mapping[str, Any]) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         raise StoreError(f"{file} is damaged", fix=f"remove {target} and run again") from None
+    if not isinstance(found, dict) or not {"stage", "digest"} <= found.keys():
+        raise StoreError(f"{file} is damaged", fix=f"remove {target} and run again")
     if found["digest"] == claim["digest"]:
         return
     differences = list(_differences(found, claim))
@@ -338,7 +341,7 @@ def _storage_errors(target: Path) -> Iterator[None]:
     except (StoreError, DiskFullError):
         raise
     except Exception as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise DiskFullError(
                 f"The disk holding {target} is full; the output stays incomplete and does not count",
                 fix="free some space (`dpo gc` lists outputs that nothing refers to) and run the same command again",
@@ -350,10 +353,11 @@ def _storage_errors(target: Path) -> Iterator[None]:
         raise
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """torch.save raises a RuntimeError in whose context the OSError stands, safetensors an error of its own."""
+    signs = (os.strerror(errno.ENOSPC), "database or disk is full")  # the second is SQLite's
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+        if getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs):
             return True
         error = error.__cause__ or error.__context__
     return False

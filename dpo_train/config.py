@@ -20,13 +20,25 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dpo_train.errors import ConfigError
 
+
+def check_alias(alias: str) -> str:
+    """An alias that MLflow takes."""
+    if not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", alias):
+        raise ValueError("is no alias that MLflow takes: letters, digits, - and _, but not `latest` or `v1`")
+    return alias
+
+
+Seed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+ModelName = Annotated[str, Field(pattern=r"^[^/:'\"]+$")]
+# MLflow keeps "latest" and v1, v2, ... for itself.
+Alias = Annotated[str, AfterValidator(check_alias)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -155,8 +167,8 @@ class RegisterConfig:
 
     __pydantic_config__ = STRICT
 
-    model_name: str = option("dpo-policy", "name of the registered model in MLflow")
-    alias: str = option("challenger", "alias that the new version gets")
+    model_name: ModelName = option("dpo-policy", "name of the registered model in MLflow")
+    alias: Alias = option("challenger", "alias that the new version gets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +201,7 @@ class RunConfig:
     __pydantic_config__ = STRICT
 
     store: str = option("dpo-store", "folder that holds every output, at <store>/<stage>/<digest>")
-    seed: int = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
+    seed: Seed = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
     model: ModelConfig = field(metadata={"help": "the model to align"})
     prepare: PrepareConfig = field(metadata={"help": "raw data to pairs"})
     score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"help": "reference log-probs"})
@@ -226,7 +238,9 @@ def parse_config(text: str, overrides: typing.Sequence[str] = (), *, origin: str
     for override in overrides:
         _apply_override(tree, override)
     _drop_empty_sections(tree, RunConfig)
-    return _absolute(_decode(tree, origin))
+    config = _decode(tree, origin)
+    _check(config, origin)
+    return _absolute(config)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -359,6 +373,28 @@ def section_type(hint: Any) -> type | None:
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
+
+
+def _check(config: RunConfig, origin: str) -> None:
+    """What the types of single keys cannot say: keys that contradict each other."""
+    prepare, train = config.prepare, config.train
+    too_few = prepare.max_heldout_pairs is not None and prepare.max_heldout_pairs < config.evaluate.min_heldout_pairs
+    wrong = {
+        f"train.label_smoothing has no meaning with the {train.loss} loss": (
+            train.label_smoothing and train.loss != "sigmoid"
+        ),
+        "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not prepare.heldout_fraction,
+        "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
+            prepare.heldout_fraction + prepare.validation_fraction >= 1
+        ),
+        "prepare.max_heldout_pairs is below evaluate.min_heldout_pairs": too_few,
+        "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
+            config.sweep.betas and not prepare.validation_fraction
+        ),
+        "store and prepare.path must be local paths so far": "://" in config.store or "://" in prepare.path,
+    }
+    if mistakes := [text for text, is_so in wrong.items() if is_so]:
+        raise ConfigError(f"{origin} contradicts itself: {'; '.join(mistakes)}")
 
 
 def _absolute(config: RunConfig) -> RunConfig:

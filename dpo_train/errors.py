@@ -7,6 +7,7 @@ All of them survive pickling, because they cross process borders (Ray workers, p
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -87,3 +88,22 @@ class GateRefusedError(DpoError):
     """The run is complete, its report is written, and a rule of the gate refused the model."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's words, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def encode(error: DpoError) -> str:
+    """An error as text, for a file or a table that another process reads."""
+    return json.dumps({"kind": type(error).__name__, "message": str(error)})
+
+
+def decode(text: str) -> DpoError:
+    """The error behind ``encode``'s text; a kind that is not defined here becomes a WorkerError."""
+    content = json.loads(text)
+    kind = globals().get(content["kind"])
+    if not (isinstance(kind, type) and issubclass(kind, DpoError)):
+        kind = WorkerError
+    return _rebuild(kind, content["message"])

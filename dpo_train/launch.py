@@ -13,17 +13,17 @@ import contextlib
 import dataclasses
 import functools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dpo_train.artifacts import Artifact, digest_path, open_artifact
+from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import DpoError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
+from dpo_train.runs import RUNS, RunFolder, store_lock
 
 __all__ = ["INPUTS", "Result", "metadata", "open_run", "parse_config", "run", "run_stage", "stored", "summary", "uri"]
 
@@ -65,11 +65,48 @@ class Result:
 
 
 def open_run(config: RunConfig, name: str) -> str:
-    """Creates MLflow's parent run and returns its id. Checks what can be checked before anything slow starts."""
-    check_inputs(config)
+    """Creates MLflow's parent run and returns its id.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    reporter = Reporter.from_environment("resolve")
+    with _told(reporter):
+        from dpo_train.tracking import Tracking
+
+        run_id = Tracking(config).start_pipeline(name)
+    reporter.event("run", run_id=run_id)
+    return run_id
+
+
+def close_run(config: RunConfig, run_id: str, error: BaseException) -> None:
+    """Ends the parent run of a flow that was cut short, if no stage has done so."""
     from dpo_train.tracking import Tracking
 
-    return Tracking(config).start_pipeline(name)
+    tracking = Tracking(config)
+    if tracking.is_running(run_id):
+        tracking.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error)
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Asks a tracking server once whether it is there; a local file needs no question.
+
+    Raises:
+        TrackingError: it does not answer, or refuses.
+    """
+    from dpo_train.tracking import Tracking, tracking_uri
+
+    if not tracking_uri(config).startswith("http"):
+        return
+    # MLflow would try again for four minutes, with nothing to see meanwhile.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+    added = {key: value for key, value in patience.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        Tracking(config).check()
+    finally:
+        for key in added:
+            del os.environ[key]
 
 
 def check_inputs(config: RunConfig) -> str:
@@ -83,12 +120,12 @@ def check_inputs(config: RunConfig) -> str:
     """
     from dpo_train.artifacts import check_writable
     from dpo_train.data.folder import model_folder
-    from dpo_train.data.sources import list_files
+    from dpo_train.data.sources import data_digest, list_files
 
     check_writable(Path(config.store))
     list_files(Path(config.prepare.path))
     model_folder(config.model.path)
-    return digest_path(Path(config.prepare.path))[:32]
+    return data_digest(Path(config.prepare.path))
 
 
 def resolve_device(config: RunConfig) -> RunConfig:
@@ -97,7 +134,7 @@ def resolve_device(config: RunConfig) -> RunConfig:
         return config
     device: Literal["cpu", "cuda"] = "cpu"
     # Importing torch takes seconds; without a driver's device file there is nothing for it to find.
-    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists() or Path("/dev/dxg").exists():
         from dpo_train.model.load import select_device
 
         device = "cuda" if select_device("auto").type == "cuda" else "cpu"
@@ -111,6 +148,7 @@ def run(config: RunConfig) -> Result:
         DpoError: the user's mistake, a failed stage, or a gate that refused the model.
     """
     config = resolve_device(config)
+    check_inputs(config)
     run_id = open_run(config, Path(config.store).name)
     artifacts: dict[str, Artifact] = {}
     with session(config):
@@ -155,38 +193,65 @@ def run_stage(
     Raises:
         DpoError: what the stage raised; the parent run is then FAILED.
     """
-    from dpo_train.tracking import Tracking
-
     config = resolve_device(config)
     reporter = Reporter.from_environment(stage)
     reporter.event("start")
     start = time.perf_counter()
+    with store_lock(Path(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
+        artifact = _tracked(stage, config, inputs, run_id, output, events)
+        Reporter(str(events), stage).event(
+            "end",
+            address=artifact.address,
+            path=str(artifact.path),
+            reused=artifact.reused,
+            seconds=time.perf_counter() - start,
+            summary=summary(artifact),
+        )
+    return artifact
+
+
+def _tracked(
+    stage: str,
+    config: RunConfig,
+    inputs: Mapping[str, Artifact],
+    run_id: str | None,
+    output: Path | None,
+    events: Path,
+) -> Artifact:
+    """The stage within its MLflow run."""
+    from dpo_train.tracking import Tracking
+
     tracking = Tracking(config)
     stage_run = tracking.start_run(stage, parent=run_id, tags={"dpo.kind": "stage", "dpo.stage": stage})
     try:
-        with _events() as events, tracking.following(stage_run, events, stage) as logged:
+        with tracking.following(stage_run, events, stage) as logged:
             artifact = _call(stage, config, inputs, tracking, stage_run, output)
         _log(tracking, stage_run, artifact, logged)
+        tracking.end(stage_run, "FINISHED")
+        if run_id and stage == "register":
+            tracking.end(run_id, "FINISHED")
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        for failed in filter(None, (stage_run, run_id)):
+            try:
+                tracking.end(failed, status, error)
+            except DpoError as second:
+                # The stage's own error is the one to tell; that MLflow is away as well goes to the log.
+                print(second)
+        raise
+    return artifact
+
+
+@contextlib.contextmanager
+def _told(reporter: Reporter) -> Iterator[None]:
+    """Leaves an event about whatever is raised: kfp.local only knows that a task failed."""
+    try:
+        yield
+    except BaseException as error:
         known = isinstance(error, DpoError)
         kind = type(error).__name__
         reporter.event("error", message=str(error), error=kind, exit_code=exit_code(error), known=known)
-        for failed in filter(None, (stage_run, run_id)):
-            tracking.end(failed, status, error)
         raise
-    tracking.end(stage_run, "FINISHED")
-    if run_id and stage == "register":
-        tracking.end(run_id, "FINISHED")
-    reporter.event(
-        "end",
-        address=artifact.address,
-        path=str(artifact.path),
-        reused=artifact.reused,
-        seconds=time.perf_counter() - start,
-        summary=summary(artifact),
-    )
-    return artifact
 
 
 def uri(artifact: Artifact, file: str = "") -> str:
@@ -201,7 +266,7 @@ def metadata(artifact: Artifact) -> dict[str, str]:
 
 def exit_code(error: BaseException) -> int:
     """2 for the user's mistake, 3 for a refusing gate, 130 for Ctrl-C, 1 for everything else."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):
         return 130
     return error.exit_code if isinstance(error, DpoError) else 1
 
@@ -264,21 +329,30 @@ def _executor(config: RunConfig) -> Executor:
 
 
 def _swept_beta(inputs: Mapping[str, Artifact]) -> float | None:
-    return float(inputs["sweep"].record.details["beta"]) if "sweep" in inputs else None
+    """The sweep's choice, made on the very pairs that are trained on."""
+    if "sweep" not in inputs:
+        return None
+    from dpo_train.stages.common import check_made_from
+
+    choice = inputs["sweep"]
+    if choice.record.counts["trials"]:
+        check_made_from(choice, "scored", inputs["score_reference"])
+    return float(choice.record.details["beta"])
 
 
 @contextlib.contextmanager
-def _events() -> Iterator[Path]:
-    """The events file of this run; a stage that runs alone gets one of its own."""
+def _events(config: RunConfig, run_id: str | None) -> Iterator[Path]:
+    """The events file of this run: the command's, or for a notebook or a cluster's task one in the store."""
     if path := os.environ.get(ENVIRONMENT_KEY):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="dpo-events-") as folder:
-        path = os.environ[ENVIRONMENT_KEY] = str(Path(folder) / "events.jsonl")
-        try:
-            yield Path(path)
-        finally:
-            del os.environ[ENVIRONMENT_KEY]
+    folder = RunFolder(Path(config.store) / RUNS / run_id) if run_id else RunFolder.create(Path(config.store))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    os.environ[ENVIRONMENT_KEY] = str(folder.events)
+    try:
+        yield folder.events
+    finally:
+        del os.environ[ENVIRONMENT_KEY]
 
 
 def _log(tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:

@@ -15,7 +15,9 @@ class History:
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
         kept = [line for line in read_history(path) if line["step"] < start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._path.open("a", encoding="utf-8") as stream:

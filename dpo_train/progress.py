@@ -6,6 +6,7 @@ survive the way up. One JSON object per line does. Lines are short and written w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -34,8 +35,13 @@ class Reporter:
         if self.path is None:
             return
         line = json.dumps({"time": time.time(), "stage": self.stage, "kind": kind, **fields}) + "\n"
-        with Path(self.path).open("a", encoding="utf-8") as stream:
-            stream.write(line)
+        try:
+            with Path(self.path).open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            # Events are for show. On a full disk it is the output's own error that must come through.
+            if error.errno != errno.ENOSPC:
+                raise
 
     def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
         """``done`` of ``total`` units, and the numbers that move meanwhile (loss, margin)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,26 @@ def find_version(client: Any, name: str, digest: str) -> str | None:
     return str(found[0].version) if found else None
 
 
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """``log_model`` only knows MLflow's global address; afterwards that is again what the caller had set."""
+    import mlflow
+
+    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    variable = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(tracking)
+        mlflow.set_registry_uri(registry)
+        # set_tracking_uri writes the variable as well, which would then rule the next run of this process.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if variable is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
+
+
 def register_version(
     client: Any,
     uri: str,
@@ -64,9 +86,7 @@ def register_version(
     existing = find_version(client, name, digest)
     if existing is None:
         model, tokenizer = load()
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        with mlflow.start_run(run_id=run_id):
+        with _default_uri(uri), mlflow.start_run(run_id=run_id, nested=True):
             info = mlflow.transformers.log_model(
                 {"model": model, "tokenizer": tokenizer},
                 name="model",

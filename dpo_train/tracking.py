@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_train.artifacts import RECORD_FILE, Artifact
+from dpo_train.artifacts import RECORD_FILE, Artifact, is_disk_full
 from dpo_train.config import RunConfig, to_dict
-from dpo_train.errors import DpoError, MissingPackageError, UserError
+from dpo_train.errors import DiskFullError, DpoError, MissingPackageError, UserError, first_line
 from dpo_train.progress import Follower
 
 FOLLOW_SECONDS = 2.0
@@ -36,6 +37,11 @@ class TrackingError(UserError):
 def tracking_uri(config: RunConfig) -> str:
     """``tracking.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in the store: no server needed."""
     return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.store}/mlflow.db"
+
+
+def redacted(uri: str) -> str:
+    """The URI without a password, to show and to record."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 class Tracking:
@@ -59,8 +65,10 @@ class Tracking:
         """The parent run, with the whole config as parameters and as an artifact."""
         run_id = self.start_run(name, tags={"dpo.kind": "pipeline"})
         with _mlflow_errors(self.uri):
-            self._log_parameters(run_id, flatten(to_dict(self._config)))
-            self.client.log_dict(run_id, to_dict(self._config), "config.json")
+            config = to_dict(self._config)
+            config["tracking"]["uri"] = redacted(self.uri)
+            self._log_parameters(run_id, flatten(config))
+            self.client.log_dict(run_id, config, "config.json")
         return run_id
 
     @contextmanager
@@ -74,7 +82,7 @@ class Tracking:
         def follow() -> None:
             while True:
                 finished = stop.wait(FOLLOW_SECONDS)
-                lines = [e for e in follower.new() if e["stage"] == stage and e.get("unit") == "steps"]
+                lines = [e for e in follower.new() if e["stage"] == stage == "train" and e.get("unit") == "steps"]
                 self.log_history(run_id, [{"step": e["done"] - 1, **e["metrics"]} for e in lines], logged)
                 if finished:
                     return
@@ -99,8 +107,9 @@ class Tracking:
             for name, value in line.items()
             if name != "step"
         ]
-        for start in range(0, len(metrics), _BATCH):
-            self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+        with _mlflow_errors(self.uri):
+            for start in range(0, len(metrics), _BATCH):
+                self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
         logged.update(int(line["step"]) for line in history)
 
     def log_artifact(self, run_id: str, artifact: Artifact, history: Sequence[Mapping[str, float]] = ()) -> None:
@@ -136,6 +145,19 @@ class Tracking:
                 self.client.set_tag(run_id, "dpo.error", f"{type(error).__name__}: {error}"[:4000])
             self.client.set_terminated(run_id, status)
 
+    def errors(self) -> AbstractContextManager[None]:
+        """Turns MLflow's own failures inside into TrackingErrors."""
+        return _mlflow_errors(self.uri)
+
+    def check(self) -> None:
+        """Asks the server once whether the experiment can be used.
+
+        Raises:
+            TrackingError: it cannot be reached, or the experiment was deleted.
+        """
+        with _mlflow_errors(self.uri):
+            self._experiment_id()
+
     def is_running(self, run_id: str) -> bool:
         with _mlflow_errors(self.uri):
             return str(self.client.get_run(run_id).info.status) == "RUNNING"
@@ -152,7 +174,7 @@ class Tracking:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             local = self.uri.startswith("sqlite:")
-            location = f"file://{self._config.store}/mlartifacts" if local else None
+            location = (Path(self._config.store) / "mlartifacts").as_uri() if local else None
             return str(self.client.create_experiment(name, artifact_location=location))
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
@@ -179,9 +201,9 @@ def _client(uri: str) -> Any:
         from mlflow.tracking import MlflowClient
     except ImportError:
         raise MissingPackageError("MLflow is not installed", fix="pip install 'dpo-train[mlflow]'") from None
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     with _mlflow_errors(uri):
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -193,8 +215,10 @@ def _mlflow_errors(uri: str) -> Iterator[None]:
     except DpoError:
         raise
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_disk_full(error):
+            raise DiskFullError(f"The disk of MLflow at {redacted(uri)} is full", fix="free some space") from error
+        first = redacted(first_line(error))
         raise TrackingError(
-            f"MLflow at {uri} does not do what was asked: {first_line[:300]}",
+            f"MLflow at {redacted(uri)} does not do what was asked: {first[:300]}",
             fix="check tracking.uri, the server and your rights there",
         ) from error

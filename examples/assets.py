@@ -5,8 +5,8 @@
 
 The pairs are constructed: a reply that a person gave in this conversation is preferred over a reply given in another.
 Conversations are taken two at a time, in a seeded order, and no conversation is in two couples. From each couple comes
-one record, whose group is the couple: no text is in two splits, and each reply is as likely chosen as rejected, so that
-neither its length nor its wording tells which it is.
+one record, whose group is the couple: no conversation is in two splits, and each reply is as likely chosen as rejected,
+so that neither its length nor its wording tells which it is.
 
     python examples/assets.py demo/assets
 """

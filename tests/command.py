@@ -57,7 +57,9 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", **environment},
+        # A group of its own, as a shell gives it: signals to it do not reach the test.
+        start_new_session=True,
+        env={**os.environ, "RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", "PYTHONUNBUFFERED": "", **environment},
     )
 
 

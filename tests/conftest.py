@@ -7,6 +7,9 @@ import os
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A developer's own Ray, MLflow server and image must not take part.
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DPO_IMAGE", "DPO_EVENTS"):
+    os.environ.pop(name, None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns at every fork otherwise
 
 # HYPOTHESIS_PROFILE=search looks for new counterexamples; a normal run must not fail by chance.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
+import re
+import shlex
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,10 +20,11 @@ from dpo_train import launch
 from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.cli import templates
 from dpo_train.cli.console import Display
+from dpo_train.cli.garbage import collect_garbage
 from dpo_train.cli.processes import end_children
-from dpo_train.cli.runs import RunFolder, collect_garbage
 from dpo_train.config import RunConfig, load_config, to_dict, to_text
 from dpo_train.errors import ConfigError, DpoError, MissingPackageError, StoreError
+from dpo_train.runs import RunFolder
 
 
 def version() -> str:
@@ -30,7 +35,10 @@ def version() -> str:
 def run(arguments: argparse.Namespace) -> int:
     """The compiled Kubeflow pipeline on this machine."""
     config = _load(arguments)
+    if "python3" in arguments.name or "{{$" in arguments.name:
+        raise ConfigError("kfp.local damages this run name", got=arguments.name, fix="leave out 'python3' and '{{$'")
     launch.check_inputs(config)
+    launch.check_tracking(config)
     config = launch.resolve_device(config)
 
     def work(display: Display) -> None:
@@ -40,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         with launch.session(config), end_children():
             run_local(to_text(config), arguments.name)
 
-    return _watched(config, work)
+    return _watched(config, arguments, work)
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -59,7 +67,7 @@ def stage(arguments: argparse.Namespace) -> int:
         with launch.session(config), end_children():
             _make(arguments.stage, config, given, arguments.output)
 
-    return _watched(config, work)
+    return _watched(config, arguments, work)
 
 
 def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: Path | None) -> Artifact:
@@ -80,6 +88,8 @@ def compile_pipeline(arguments: argparse.Namespace) -> int:
         print(compile_to(arguments.output))
     except ImportError:
         raise MissingPackageError("Kubeflow Pipelines is not installed", fix="pip install 'dpo-train[kfp]'") from None
+    except ValueError as error:
+        raise ConfigError(str(error), fix="name a file that ends in .yaml") from None
     except OSError as error:
         raise StoreError(f"{arguments.output} cannot be written: {error.strerror}") from None
     return 0
@@ -87,20 +97,27 @@ def compile_pipeline(arguments: argparse.Namespace) -> int:
 
 def ui(arguments: argparse.Namespace) -> int:
     """MLflow's pages over the config's tracking store. This process becomes the server."""
-    from dpo_train.tracking import tracking_uri
+    from dpo_train.tracking import redacted, tracking_uri
 
-    uri = tracking_uri(_load(arguments))
+    config = _load(arguments)
+    uri = tracking_uri(config)
     if uri.startswith("http"):
-        print(f"MLflow runs at {uri}")
+        print(f"MLflow runs at {redacted(uri)}")
     else:
-        _become_server(uri, arguments.port)
+        _become_server(arguments, uri, redacted(uri))
     return 0
 
 
-def _become_server(uri: str, port: int) -> None:
-    print(f"http://127.0.0.1:{port} shows {uri} (Ctrl-C ends it)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)]
-    os.execv(command[0], command)  # noqa: S606 - our own interpreter, no shell
+def _become_server(arguments: argparse.Namespace, uri: str, shown: str) -> None:
+    if importlib.util.find_spec("mlflow") is None:
+        raise MissingPackageError("MLflow is not installed", fix="pip install 'dpo-train[mlflow]'")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise StoreError(f"There are no runs yet in {shown}", fix=f"dpo run {arguments.config}")
+    print(f"http://127.0.0.1:{arguments.port} shows {shown} (Ctrl-C ends it)", flush=True)
+    # In the environment, not among the arguments: the address may hold a password, and arguments are public.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(arguments.port)]
+    os.execve(command[0], command, environment)  # noqa: S606 - our own interpreter, no shell
 
 
 def show_config(arguments: argparse.Namespace) -> int:
@@ -131,41 +148,66 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def _watched(config: RunConfig, work: Any) -> int:
+def _watched(config: RunConfig, arguments: argparse.Namespace, work: Callable[[Display], None]) -> int:
     """Does the work with progress on the terminal and everything else in a log file."""
     # A terminated run ends as an interrupted one does: children and Ray first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = RunFolder.create(Path(config.store))
-    with Display(folder) as display:
+    with Display(RunFolder.create(Path(config.store))) as display:
         try:
             work(display)
         except BaseException as error:
             display.stop()
-            return _explain(error, display)
-        finally:
-            folder.write_outputs(display.outputs)
+            code = _explain(error, display)
+            _close_run(config, display, error)
+            return code
         display.stop()
-        display.summary(config)
+        display.summary(_ui_command(arguments))
     return 0
+
+
+def _close_run(config: RunConfig, display: Display, error: BaseException) -> None:
+    """MLflow must not show a run as running that is not; a stage that was killed could not say so itself."""
+    if display.run_id is None:
+        return
+    try:
+        launch.close_run(config, display.run_id, error)
+    except DpoError as second:
+        display.note(f"its MLflow run stays open: {second}")
+
+
+def _ui_command(arguments: argparse.Namespace) -> str:
+    """The command that shows this very store, as it can be typed here."""
+    program = "dpo" if shutil.which("dpo") else sys.argv[0]
+    relevant = [text for text in arguments.overrides if text.startswith(("store=", "tracking."))]
+    return shlex.join([program, "ui", str(arguments.config), *relevant])
 
 
 def _explain(error: BaseException, display: Display) -> int:
     """Says what went wrong, in the failed stage's own words where it left some, and returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):
         display.print("[bold]Interrupted.[/] Complete outputs are kept; the same command continues from them.")
         return 130
     told = display.failure
-    stage_name = told["stage"] if told else ""
+    stage_name = told["stage"] if told else display.stage
     if isinstance(error, DpoError):
         code, message = error.exit_code, str(error)
     elif told is not None and told["known"]:
         # kfp.local only says that a task failed; the task's own error came through its events.
         code, message = int(told["exit_code"]), told["message"]
+    elif told is None and stage_name:
+        code, message = 1, "Its process ended without a word: it was killed (out of memory?), or the log says why."
     else:
         display.log_traceback(error)
         kind, text = (told["error"], told["message"]) if told else (type(error).__name__, str(error))
-        code, message = 1, f"{kind}: {text}"
+        code, message = 1, f"{kind}: {_plain(text)}"
+    if code == 3:
+        display.print_table()
     display.fail(stage_name, message, code)
     if code in {1, 3}:
         display.print_report()
     return code
+
+
+def _plain(text: str) -> str:
+    """Without the colours that kfp puts into its messages."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -16,9 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dpo_train.cli.runs import RunFolder
-from dpo_train.config import RunConfig
 from dpo_train.progress import ENVIRONMENT_KEY, Follower
+from dpo_train.runs import RunFolder
 
 REFRESH_SECONDS = 0.2
 LINE_SECONDS = 10.0
@@ -29,8 +28,9 @@ class Display:
     """Follows the events of a run. Inside ``with``, descriptors 1 and 2 lead to the log, also in child processes."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self.outputs: list[str] = []
         self.failure: dict[str, Any] | None = None
+        self.run_id: str | None = None
+        self.stage = ""
         self._folder = folder
         self._ends: list[dict[str, Any]] = []
         self._follower = Follower(folder.events)
@@ -38,8 +38,7 @@ class Display:
         self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
 
     def __enter__(self) -> Display:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         self._saved = os.dup(1), os.dup(2)
         self._console = Console(file=os.fdopen(os.dup(1), "w", encoding="utf-8"), highlight=False)
         log = os.open(self._folder.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
@@ -59,6 +58,7 @@ class Display:
     ) -> None:
         self.stop()
         self._console.file.flush()
+        _flush()  # what Python still holds back belongs in the log as well
         for saved, number in zip(self._saved, (1, 2), strict=True):
             os.dup2(saved, number)
             os.close(saved)
@@ -78,29 +78,32 @@ class Display:
         self._console.print(text)
 
     def note(self, text: str) -> None:
-        self._console.print(f"[dim]{escape(text)}[/]")
+        # Soft wrap: a path that is broken in two cannot be copied.
+        self._console.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
 
     def fail(self, stage: str, message: str, code: int) -> None:
         """The one message of a command that did not succeed."""
         where = f" in {stage}" if stage else ""
         title = "[bold yellow]Refused.[/]" if code == 3 else f"[bold red]Failed{where}.[/]"
-        self._console.print(f"{title} {escape(message)}")
+        self._console.print(f"{title} {escape(message)}", soft_wrap=True)
         self.note(f"all that was printed: {self._folder.log}")
 
     def log_traceback(self, error: BaseException) -> None:
-        """An error that nobody expected is a bug: its traceback belongs in the log."""
-        with self._folder.log.open("a", encoding="utf-8") as stream:
-            traceback.print_exception(error, file=stream)
+        """An error that nobody expected is a bug: its traceback belongs in the log, if that can be written."""
+        try:
+            with self._folder.log.open("a", encoding="utf-8") as stream:
+                traceback.print_exception(error, file=stream)
+        except OSError as second:
+            self.note(f"the log cannot be written: {second}")
 
-    def summary(self, config: RunConfig) -> None:
+    def summary(self, ui_command: str) -> None:
         """The end of a successful command."""
-        self._print_table()
+        self.print_table()
         self.print_report()
         version = self._end_of("register")
         if version:
-            self._console.print(f"\nregistered: [bold]{escape(version['summary'])}[/]")
-            command = f"dpo ui {Path(sys.argv[2]) if len(sys.argv) > 2 else 'CONFIG'}"
-            self._console.print(f"to browse runs, metrics and the model: [bold]{escape(command)}[/]")
+            self._console.print(f"\nregistered: [bold]{escape(version['summary'])}[/]", soft_wrap=True)
+            self._console.print(f"to browse runs, metrics and the model: [bold]{escape(ui_command)}[/]", soft_wrap=True)
 
     def print_report(self) -> None:
         """Held-out numbers and samples, if the evaluation got that far."""
@@ -118,18 +121,26 @@ class Display:
             self._console.print(_sample_table(report["samples"]))
         self.note(f"report: {end['path']}/report.html")
 
-    def _print_table(self) -> None:
+    def print_table(self) -> None:
+        """The stages that ended: time, whether they ran, what came out and where it lies."""
+        if not self._ends:
+            return
         table = Table(title="stages", title_justify="left")
         for column in ("stage", "time", "", "what came out", "output"):
             table.add_column(column, overflow="fold")
+        stores = set()
         for end in self._ends:
             seconds = f"{end['seconds']:.0f} s"
             state = "reused" if end["reused"] else "run"
             # The address stays whole on a narrow terminal; the store it lies in is said once.
-            table.add_row(end["stage"], seconds, state, end["summary"], end["address"])
+            stored = end["path"].endswith("/" + end["address"])
+            if stored:
+                stores.add(end["path"].removesuffix("/" + end["address"]))
+            where = end["address"] if stored else end["path"]
+            table.add_row(end["stage"], seconds, state, end["summary"], where)
         self._console.print(table)
-        if self._ends:
-            self.note(f"outputs lie in {Path(self._ends[0]['path']).parents[1]}")
+        for store in stores:
+            self.note(f"outputs lie in {store}")
 
     def _end_of(self, stage: str) -> dict[str, Any] | None:
         return next((end for end in self._ends if end["stage"] == stage), None)
@@ -143,11 +154,15 @@ class Display:
                 return
 
     def _take(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "end":
+        kind = event["kind"]
+        if kind == "end":
             self._ends.append(event)
-            self.outputs.append(event["address"])
-        elif event["kind"] == "error":
+        elif kind == "error":
             self.failure = event
+        elif kind == "run":
+            self.run_id = event["run_id"]
+            return
+        self.stage = event["stage"] if kind != "end" else ""
         self._bars.take(event)
 
 
@@ -193,7 +208,10 @@ class _Bars:
                 numbers=numbers,
             )
         elif kind == "message":
-            self._progress.update(task, title=f"{stage}: {escape(event['text'])}" if len(event["text"]) < 30 else stage)
+            if len(event["text"]) < 30:
+                self._progress.update(task, title=f"{stage}: {escape(event['text'])}")
+            else:
+                self._progress.console.print(f"[dim]{stage}: {escape(event['text'])}[/]", soft_wrap=True)
         elif kind == "end":
             done = "reused" if event["reused"] else "done"
             self._progress.update(task, title=stage, total=1, completed=1, count=done, numbers=escape(event["summary"]))
@@ -207,8 +225,8 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last = 0.0
-        self._began = 0.0
         self._done = 0.0
+        self._first: tuple[float, float] | None = None
 
     def start(self) -> None:
         """Nothing to set up."""
@@ -220,7 +238,7 @@ class _Lines:
         stage, kind = event["stage"], event["kind"]
         text = ""
         if kind == "start":
-            text, self._began, self._done, self._last = "started", event["time"], 0.0, event["time"]
+            text, self._last, self._first = "started", event["time"], None
         elif kind == "message":
             text = event["text"]
         elif kind == "end":
@@ -232,17 +250,29 @@ class _Lines:
             self._console.file.flush()
 
     def _progress(self, event: dict[str, Any]) -> str:
-        """A line every LINE_SECONDS and at the end; the rate counts from where this counting (trial, unit) began."""
+        """A line every LINE_SECONDS and at the end.
+
+        The rate counts from the first progress on: before that, workers were loading their model. It starts anew where
+        the counting does (a trial, another unit).
+        """
         done, total, now = event["done"], event["total"], event["time"]
-        if done < self._done or not self._began:
-            self._began = now
+        if not done or done < self._done:
+            self._first = None
         self._done = done
+        if done and self._first is None:
+            self._first = done, now
         if now - self._last < LINE_SECONDS and done != total:
             return ""
         self._last = now
-        rate = done / max(1e-9, now - self._began)
-        left = (total - done) / rate if rate else 0
-        return f"{done:g}/{total:g} {event['unit']}, {left:.0f} s left  {_numbers(event, rate)}"
+        first_done, first_time = self._first or (done, now)
+        rate = (done - first_done) / (now - first_time) if now > first_time else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        return f"{done:g}/{total:g} {event['unit']}{left}  {_numbers(event, rate)}".rstrip()
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _numbers(event: dict[str, Any], rate: float) -> str:

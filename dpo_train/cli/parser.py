@@ -68,9 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("path", type=Path, nargs="?", default=Path("dpo-config.yaml"), help="default: %(default)s")
     init.set_defaults(command=commands.init)
     gc = _with_config(subparsers, "gc", "list outputs that no run refers to, and remove them on request", commands.gc)
-    gc.add_argument("--keep-runs", type=int, metavar="N", help="forget all but the newest N runs first")
+    gc.add_argument("--keep-runs", metavar="N", type=_count, help="forget all but the newest N runs first")
     gc.add_argument("--remove", action="store_true", help="remove what is listed")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs (0, 1, 2, ...)")
+    return int(text)
 
 
 def _with_config(

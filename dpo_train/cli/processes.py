@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import psutil
 
+TERMINAL_SECONDS = 2
 GRACE_SECONDS = 10
 """A stage needs about a second to mark its MLflow run and leave Ray."""
 
@@ -23,12 +24,18 @@ def end_children() -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # A second Ctrl-C must not leave half of them behind.
+        kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         started = [child for child in psutil.Process().children() if child.pid not in before]
         families = [process for child in started for process in (child, *_descendants(child))]
-        _signal(families, signal.SIGINT)
-        _, alive = psutil.wait_procs(families, timeout=GRACE_SECONDS)
+        # A terminal sends Ctrl-C to all of them at once; a second one would cut off their own clearing up.
+        _, alive = psutil.wait_procs(families, timeout=TERMINAL_SECONDS)
+        _signal(alive, signal.SIGINT)
+        _, alive = psutil.wait_procs(alive, timeout=GRACE_SECONDS)
         _signal(alive, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
         raise
 
 

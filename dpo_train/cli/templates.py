@@ -72,7 +72,7 @@ def _tables(kind: type, prefix: str) -> list[str]:
             continue
         default = "required" if item.default is dataclasses.MISSING else f"`{_text(item)}`"
         shown = _type_text(hints[item.name]).replace("|", "\\|")
-        rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {item.metadata['help']} |")
+        rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {item.metadata['help'].replace('<', '&lt;')} |")
     title = f"## {prefix.rstrip('.')}" if prefix else "## Top level"
     about = (kind.__doc__ or "").strip().splitlines()[0]
     return [title, about, "\n".join(rows), *inner_blocks]
@@ -82,7 +82,7 @@ def _type_text(hint: Any) -> str:
     """A type as people read it: ``int >= 1``, ``one of sigmoid, hinge``."""
     origin, parameters = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        limits = [str(limit) for limit in parameters[1:]]
+        limits = [str(limit) for limit in parameters[1:] if type(limit).__name__ in {"Ge", "Gt", "Le", "Lt"}]
         names = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
         shown = [f"{sign} {text[text.index('=') + 1 : -1]}" for text in limits for name, sign in names.items()
                  if text.startswith(f"{name}(")]  # fmt: skip

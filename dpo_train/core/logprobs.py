@@ -35,6 +35,10 @@ def token_logprobs(
     Returns:
         float32 [A].
     """
+    # Cast once, and outside: backward runs without autocast and must see the numbers of the forward pass.
+    device = hidden_AD.device.type
+    if torch.is_autocast_enabled(device):
+        weight_VD = weight_VD.to(torch.get_autocast_dtype(device))
     return _TokenLogprobs.apply(hidden_AD, weight_VD, bias_V, targets_A, chunk_tokens)  # type: ignore[no-any-return, no-untyped-call]
 
 

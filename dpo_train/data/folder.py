@@ -29,7 +29,7 @@ def model_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]

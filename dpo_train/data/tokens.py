@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpo_train.data.pairs import Message, PreferencePair, Rejection, TokenPair
-from dpo_train.errors import ModelError
+from dpo_train.errors import ModelError, first_line
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no end-of-sequence token", expected="eos_token to be set")
     return tokenizer

@@ -38,6 +38,8 @@ def answer(policy: Policy, tokenizer: Any, prompts: Sequence[Ids], *, max_tokens
                 do_sample=True,
                 temperature=0.7,
                 top_p=0.9,
+                top_k=0,
+                repetition_penalty=1.0,
                 pad_token_id=tokenizer.eos_token_id,
             )
         texts.append(str(tokenizer.decode(output_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)).strip())
@@ -51,6 +53,7 @@ class AnswerPrompts:
         self._model = model
         self._device = select_device(device)
         self._weights = Path(weights)
+        self._base: Policy | None = None
         self._tokenizer = load_tokenizer(model_folder(model.path), trust_remote_code=model.trust_remote_code)
         self._answer = functools.partial(answer, tokenizer=self._tokenizer, max_tokens=max_tokens, seed=seed)
         self._policy = load_policy(model, device=self._device, weights=self._weights)
@@ -71,4 +74,5 @@ class AnswerPrompts:
         if (self._weights / ADAPTER_FOLDER).is_dir():
             with self._policy.reference():
                 return self._answer(self._policy, prompts=prompts)
-        return self._answer(load_policy(self._model, device=self._device), prompts=prompts)
+        self._base = self._base or load_policy(self._model, device=self._device, frozen_base=False)
+        return self._answer(self._base, prompts=prompts)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from dpo_train.artifacts import Estimate, Verdict, write_atomically
 from dpo_train.evaluate.preference import Preferences
@@ -83,7 +84,10 @@ def to_html(report: Report) -> str:
 
 def _plot_margins(report: Report) -> str:
     figure, axes = _figure()
-    axes.hist(report.preferences.margins_P, bins=40, color="#4477aa")
+    margins_P = report.preferences.margins_P
+    # Margins that are all but equal would leave bins of no width.
+    room = max(1e-6, 1e-3 * float(np.abs(margins_P).max()))
+    axes.hist(margins_P, bins=40, range=(margins_P.min() - room, margins_P.max() + room), color="#4477aa")
     axes.axvline(0, color="#222222", linewidth=1)
     axes.set_xlabel("reward margin of a held-out pair (chosen - rejected)")
     axes.set_ylabel("pairs")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dpo_train.config import LoraConfig, ModelConfig
 from dpo_train.data.folder import model_folder
-from dpo_train.errors import ModelError
+from dpo_train.errors import ModelError, first_line
 
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -82,6 +82,7 @@ def load_policy(
     trainable: bool = False,
     seed: int = 0,
     weights: Path | None = None,
+    frozen_base: bool = True,
 ) -> Policy:
     """Loads the base model, and on it either fresh adapters or the trained weights of an earlier stage.
 
@@ -92,6 +93,8 @@ def load_policy(
         trainable: whether gradients are wanted; without, everything is frozen.
         seed: of the adapters' first factor.
         weights: output folder of a training (holding ``adapter/`` or ``model/``) to load instead.
+        frozen_base: whether the run's trainings are of adapters, so that the base's weights are never changed. The
+            reference of a full training must be computed in the dtype that the training starts in.
 
     Raises:
         ModelError: the folder is no causal language model, or an adapter's target module does not exist.
@@ -99,9 +102,13 @@ def load_policy(
     folder = model_folder(config.path)
     if weights is not None and (weights / MODEL_FOLDER).is_dir():
         folder = weights / MODEL_FOLDER
+    if weights is not None and not any((weights / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
+        raise ModelError(f"There are no trained weights in {weights}", expected=f"{ADAPTER_FOLDER}/ or {MODEL_FOLDER}/")
     full_training = trainable and lora is None
-    # A frozen base is never updated, so it may be bf16; what is trained has fp32 masters.
-    dtype = torch.bfloat16 if device.type == "cuda" and not full_training else torch.float32
+    whole = full_training or not frozen_base or (weights is not None and (weights / MODEL_FOLDER).is_dir())
+    # A base under adapters is never updated, so it may be bf16. Weights that are or were trained have fp32 masters,
+    # also when they are measured: what is evaluated is what gets registered.
+    dtype = torch.bfloat16 if device.type == "cuda" and not whole else torch.float32
     model = _load_base(folder, config, dtype).to(device)
     _refuse_unmaskable(model, folder)
     adapters = None
@@ -161,8 +168,7 @@ def _load_base(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
             use_safetensors=True,
         )
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"The model in {folder} cannot be loaded: {first_line}") from error
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _refuse_unmaskable(model: Any, folder: Path) -> None:
@@ -183,7 +189,12 @@ def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
     # With tied weights the input embedding is the same matrix; merging its adapter would change the output as well.
     matrix = model.get_output_embeddings().weight
     head = [name for name, module in model.named_modules() if getattr(module, "weight", None) is matrix]
-    if not isinstance(targets, str) and set(targets) & {name.rpartition(".")[2] for name in head}:
+    modules = [name for name, _ in model.named_modules()]
+    named = [] if isinstance(targets, str) else targets
+    # PEFT itself objects only if none of the names fits.
+    if missing := [t for t in named if not any(_is_meant(t, name) for name in modules)]:
+        raise ModelError("The model has no such module", got=f"train.lora.target_modules: {', '.join(missing)}")
+    if any(_is_meant(target, name) for target in named for name in head):
         raise ModelError(
             "LoRA on the vocabulary matrix is not supported: log-probs use it without its adapter",
             got=f"train.lora.target_modules={targets}",
@@ -197,13 +208,18 @@ def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
         try:
             return get_peft_model(model, peft_config)
         except ValueError as error:
-            raise ModelError(f"The adapters do not fit the model: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"The adapters do not fit the model: {first_line(error)}") from None
+
+
+def _is_meant(target: str, module: str) -> bool:
+    """A target names a module by its whole name or its end, as PEFT reads it."""
+    return module == target or module.endswith(f".{target}")
 
 
 def _load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder))
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
 
 
 def _strip_paths(file: Path) -> None:

@@ -15,8 +15,12 @@ from dpo_train.model.score import check_layout, score_pairs
 class ScoreTable:
     """Pairs to SCORES_SCHEMA under one policy; built once per worker."""
 
-    def __init__(self, model: ModelConfig, device: str, weights: str | None, row_tokens: int) -> None:
-        self._policy = load_policy(model, device=select_device(device), weights=Path(weights) if weights else None)
+    def __init__(
+        self, model: ModelConfig, device: str, weights: str | None, row_tokens: int, frozen_base: bool
+    ) -> None:
+        self._policy = load_policy(
+            model, device=select_device(device), weights=Path(weights) if weights else None, frozen_base=frozen_base
+        )
         self._row_tokens = row_tokens
         check_layout(self._policy)
 

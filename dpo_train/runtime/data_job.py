@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pyarrow as pa
 
 from dpo_train.config import ComputeConfig
-from dpo_train.errors import DpoError, WorkerError
+from dpo_train.errors import DpoError, WorkerError, decode, encode
 from dpo_train.runtime.failures import cause_of, known_error
-from dpo_train.runtime.session import attach
+from dpo_train.runtime.session import attach, num_gpus
 from dpo_train.stages.executor import TableFunction
 
 MODEL_ACTOR_CPUS = 0.9
@@ -32,7 +30,7 @@ def map_tables(
         DpoError: what the function raised on purpose.
         WorkerError: a worker died, or the function raised something else.
     """
-    ray = attach()
+    attach()
     from ray import data
 
     context = data.DataContext.get_current()
@@ -40,7 +38,7 @@ def map_tables(
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     workers = min(compute.data_workers, len(tables))
-    gpus = _gpus_per_actor(ray, compute, workers) if uses_model else 0
+    gpus = _gpus_per_actor(compute, workers) if uses_model else 0
     dataset = data.from_arrow(list(tables)).map_batches(
         _Worker,
         fn_constructor_args=(make,),
@@ -50,11 +48,13 @@ def map_tables(
         compute=data.ActorPoolStrategy(size=workers),
         num_cpus=MODEL_ACTOR_CPUS,
         num_gpus=gpus,
+        max_restarts=2,  # Ray Data's own choice is for ever, which hides a model that does not fit into memory
+        max_task_retries=2,
     )
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             if table.column_names == [_ERROR_COLUMN]:
-                raise pickle.loads(table[_ERROR_COLUMN][0].as_py())  # noqa: S301 - written by our own worker
+                raise decode(table[_ERROR_COLUMN][0].as_py())
             yield table
     except DpoError:
         raise
@@ -79,10 +79,10 @@ class _Worker:
             self._function = self._function or self._make()
             return self._function(table)
         except Exception as error:
-            return pa.table({_ERROR_COLUMN: [pickle.dumps(known_error(error, "A Ray Data worker failed"))]})
+            return pa.table({_ERROR_COLUMN: [encode(known_error(error, "A Ray Data worker failed"))]})
 
 
-def _gpus_per_actor(ray: Any, compute: ComputeConfig, workers: int) -> float:
-    """An even share of the GPUs, at most one each; 0 without a GPU."""
-    total = float(ray.cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0.0
-    return min(1.0, math.floor(total / workers * 100) / 100)
+def _gpus_per_actor(compute: ComputeConfig, workers: int) -> float:
+    """A share of one GPU that lets all actors find a place; 0 without a GPU."""
+    total = num_gpus(compute)
+    return 1 / math.ceil(workers / total) if total else 0.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dpo_train.config import ComputeConfig
 from dpo_train.errors import MissingPackageError, RunError
-from dpo_train.progress import ENVIRONMENT_KEY
 
 ADDRESS_KEY = "RAY_ADDRESS"
 
@@ -21,6 +23,8 @@ _ENVIRONMENT = {
     # A trial of a Tune sweep writes no files of its own; ours are in the store.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    # Tune would take Ctrl-C for "stop here and go on with what there is".
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
 
@@ -34,6 +38,9 @@ def import_ray() -> Any:
         os.environ.setdefault(key, value)
     try:
         import ray
+        import ray.data
+        import ray.train
+        import ray.tune
     except ImportError:
         raise MissingPackageError(
             "Ray is not installed", fix="pip install 'dpo-train[ray]', or set compute.executor=local"
@@ -45,16 +52,14 @@ def attach() -> Any:
     """The ray module, connected: to RAY_ADDRESS if it is set, else to a Ray of this process's own."""
     ray = import_ray()
     if not ray.is_initialized():
-        events = os.environ.get(ENVIRONMENT_KEY)
-        environment = {"env_vars": {ENVIRONMENT_KEY: events}} if events else {}
         try:
-            ray.init(
-                address=os.environ.get(ADDRESS_KEY) or "local",
-                runtime_env=environment,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                include_dashboard=None if os.environ.get(ADDRESS_KEY) else False,
-            )
+            with own_signals():
+                ray.init(
+                    address=os.environ.get(ADDRESS_KEY) or "local",
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    include_dashboard=None if os.environ.get(ADDRESS_KEY) else False,
+                )
         except ConnectionError as error:
             raise RunError(
                 f"Ray at {os.environ.get(ADDRESS_KEY)} does not answer",
@@ -64,16 +69,37 @@ def attach() -> Any:
     return ray
 
 
+def num_gpus(compute: ComputeConfig) -> float:
+    """GPUs of the cluster that this run may use."""
+    return float(attach().cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0.0
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Keeps this process's handlers of SIGINT and SIGTERM: Ray puts its own in their place, which exit or abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Ray for this process and its children, started once; its address is handed on by RAY_ADDRESS."""
     if os.environ.get(ADDRESS_KEY):
         yield
         return
+    ours = not import_ray().is_initialized()  # in a notebook the user may have started it
     ray = attach()
     os.environ[ADDRESS_KEY] = ray.get_runtime_context().gcs_address
     try:
         yield
     finally:
         os.environ.pop(ADDRESS_KEY, None)
-        ray.shutdown()
+        if ours:
+            ray.shutdown()

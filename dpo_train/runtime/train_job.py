@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
+import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from dpo_train.config import ComputeConfig
-from dpo_train.errors import DpoError, WorkerError
+from dpo_train.errors import DpoError, WorkerError, decode, encode
 from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
-from dpo_train.runtime.session import attach
+from dpo_train.runtime.session import attach, num_gpus, own_signals
 from dpo_train.train.job import TrainJob
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.worker import run_rank
 
-ERROR_FILE = "worker-error.pkl"
-CPUS_PER_WORKER = 0.9  # as in data_job: leaves room for Ray's own tasks where workers = cores
+ERROR_FILE = "worker-error.json"
+CPU_SHARE = 0.9  # as in data_job: leaves room for Ray's own tasks where workers = cores
 
 
 def train(job: TrainJob, compute: ComputeConfig) -> None:
@@ -33,32 +34,38 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if compute.device != "cpu" else 0
-    use_gpu = num_gpus > 0
-    workers = min(compute.workers, num_gpus) if use_gpu else compute.workers
+    gpus = int(num_gpus(compute))
+    use_gpu = gpus > 0
+    workers = min(compute.workers, gpus) if use_gpu else compute.workers
     if workers < compute.workers:
-        job.reporter.message(f"training on {workers} workers: there are {num_gpus} GPUs")
+        job.reporter.message(f"training on {workers} workers: there are {gpus} GPUs")
+    # More workers than cores share them; asking for whole ones, they would wait for ever.
+    cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / workers) * CPU_SHARE
+    cpus = math.floor(cpus * 1000) / 1000  # Ray counts in thousandths
     error_file = Path(job.output) / ERROR_FILE
     error_file.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dpo-train-") as storage:
+    # Workers that cannot be placed count as the controller's failures, which Ray would retry for ever.
+    failures = FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3)
+    with tempfile.TemporaryDirectory(prefix="dpo-train-", ignore_cleanup_errors=True) as storage:
         trainer = TorchTrainer(
             _rank,
             train_loop_config={"job": job, "threads": _threads(ray, workers)},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": CPUS_PER_WORKER, "GPU": int(use_gpu)}
+                num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
             ),
-            run_config=RunConfig(
-                name="train", storage_path=storage, failure_config=FailureConfig(max_failures=compute.max_failures)
-            ),
+            run_config=RunConfig(name="train", storage_path=storage, failure_config=failures),
         )
         lost: Exception | None = None
         try:
-            trainer.fit()
+            with own_signals():
+                trainer.fit()
+        except SystemExit:
+            raise KeyboardInterrupt from None  # what Ray Train makes of Ctrl-C
         except Exception as error:
             lost = error
     if error_file.is_file():
-        raise pickle.loads(error_file.read_bytes())  # noqa: S301 - written by our own worker a moment ago
+        raise decode(error_file.read_text(encoding="utf-8"))
     if lost is not None:
         cause = cause_of(lost)
         raise WorkerError(f"The training failed on Ray: {type(cause).__name__}: {cause}") from lost
@@ -82,12 +89,15 @@ def _rank(parameters: dict[str, Any]) -> None:
 
 
 def _write_down(error: DpoError, path: Path) -> None:
-    """The first rank to fail tells; what the others meet afterwards follows from it."""
+    """The first rank to fail tells; what the others meet afterwards follows from it. The note is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
-        with path.open("xb") as stream:
-            stream.write(pickle.dumps(error))
-    except FileExistsError:
-        return
+        temporary.write_text(encode(error), encoding="utf-8")
+        os.link(temporary, path)
+    except OSError:
+        return  # a full disk, or a note of another rank's; what Ray reports of this error remains
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _threads(ray: Any, workers: int) -> int:

@@ -18,9 +18,12 @@ from dpo_train.evaluate.preference import Floats, measure
 from dpo_train.evaluate.report import Report, Sample, estimates, write_report
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
-from dpo_train.stages.common import make, model_digest
+from dpo_train.stages.common import check_made_from, make, model_digest
 from dpo_train.stages.executor import Executor, TableFunction
 from dpo_train.stages.score_reference import join_scores, score_table, score_table_of
+
+MIN_GROUPS = 10
+"""Groups are what the intervals resample; over fewer a bootstrap sees too little spread."""
 
 
 def evaluate(
@@ -29,9 +32,11 @@ def evaluate(
     """Makes ``report.json``, ``report.html`` and ``margins.parquet``. A refused model is still a complete output.
 
     Raises:
+        StoreError: the policy was trained on other pairs than ``scored``.
         DataError: fewer held-out pairs than ``evaluate.min_heldout_pairs``.
     """
     section = config.evaluate
+    check_made_from(policy, "scored", scored)
     beta = float(policy.record.details["beta"])
     content = {**to_dict(section), "seed": config.seed}
     inputs = {"scored": scored.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
@@ -46,9 +51,15 @@ def evaluate(
                 expected=f"at least {section.min_heldout_pairs} (evaluate.min_heldout_pairs)",
                 fix="raise prepare.heldout_fraction, or bring more data",
             )
-        scorer = functools.partial(
-            score_table_of, config.model, config.compute.device, str(policy.path), section.row_tokens
-        )
+        num_groups = len(set(heldout["group"].to_pylist()))
+        if num_groups < MIN_GROUPS:
+            raise DataError(
+                "The held-out pairs come from too few groups to judge the policy",
+                got=f"{len(heldout)} pairs of {num_groups} groups",
+                expected=f"at least {MIN_GROUPS} groups",
+                fix="raise prepare.heldout_fraction, bring more data, or choose another prepare.group_key",
+            )
+        scorer = functools.partial(score_table_of, config, str(policy.path), section.row_tokens)
         table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
         preferences = measure(
             _sums(table, "policy"), _sums(table, "reference"), heldout["group"].to_pylist(), beta=beta, seed=config.seed
@@ -67,7 +78,9 @@ def evaluate(
         metrics |= {f"{name}_low": estimate.low for name, estimate in numbers.items()}
         metrics |= {f"{name}_high": estimate.high for name, estimate in numbers.items()}
         details = {"learned": verdict.learned, "passed": verdict.passed, "beta": beta}
-        return Summary(counts={"heldout_pairs": len(heldout)}, metrics=metrics, details=details)
+        return Summary(
+            counts={"heldout_pairs": len(heldout), "heldout_groups": num_groups}, metrics=metrics, details=details
+        )
 
     return make(config, "evaluate", content, inputs, body, output=output)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from dpo_train.errors import NonFiniteLossError
 from dpo_train.train.job import TrainJob
 
 TableFunction = Callable[[pa.Table], pa.Table]
@@ -24,7 +25,7 @@ class Executor(Protocol):
         """Runs ``worker.run_rank`` on every rank, to the end."""
 
     def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
-        """Runs independent trainings; for each None, or the reason why it failed."""
+        """Runs independent trainings; for each None, or how it diverged."""
 
 
 class InProcess:
@@ -48,9 +49,9 @@ class InProcess:
 
 
 def run_trial(trial: Callable[[], None]) -> str | None:
-    """One trial of a sweep; its failure is a finding, not the end of the sweep."""
+    """One trial of a sweep. That it diverged is a finding; any other error is none, and ends the sweep."""
     try:
         trial()
-    except Exception as error:
+    except NonFiniteLossError as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_train.artifacts import Artifact, Output, Summary, digest_path
+from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import PrepareConfig, RunConfig, to_dict
 from dpo_train.data.folder import model_folder, tokenizer_digest
 from dpo_train.data.pairs import OUTCOME_SCHEMA, SPLITS, PreferencePair, Rejection
 from dpo_train.data.select import counts, select_pairs, split_of
-from dpo_train.data.sources import Block, list_files, plan_blocks, read_block
+from dpo_train.data.sources import Block, data_digest, list_files, plan_blocks, read_block
 from dpo_train.data.tokens import PairTokenizer, load_tokenizer
 from dpo_train.data.validate import validate
 from dpo_train.errors import DataError
@@ -39,12 +39,14 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | None = None
     files = list_files(data)
     content = {key: value for key, value in to_dict(section).items() if key != "path"}
     inputs = {
-        "data": digest_path(data)[:32],
+        "data": data_digest(data),
         "tokenizer": tokenizer_digest(model_folder(config.model.path)),
     }
 
     def body(out: Output) -> Summary:
         outcomes = _outcomes(config, files, executor)
+        if data_digest(data) != inputs["data"]:
+            raise DataError(f"{data} changed while it was read", fix="run again when nothing writes to it")
         limits = {split: getattr(section, f"max_{split}_pairs") for split in SPLITS}
         by_split, rejections = select_pairs(outcomes, seed=config.seed, limits=limits)
         numbers = counts(by_split, rejections)
@@ -114,13 +116,14 @@ def _outcomes(config: RunConfig, files: list[Path], executor: Executor) -> pa.Ta
     blocks = plan_blocks(files)
     reporter = Reporter.from_environment("prepare")
     tables = [pa.Table.from_pylist([dataclasses.asdict(block)]) for block in blocks]
+    total = sum(block.records for block in blocks)
     done: list[pa.Table] = []
     for table in executor.map_tables(
         functools.partial(PrepareBlock, config, config.prepare.path), tables, uses_model=False
     ):
         done.append(table)
-        reporter.progress(len(done), len(tables), "blocks", records=float(sum(map(len, done))))
-    return pa.concat_tables(done)
+        reporter.progress(sum(map(len, done)), total, "records")
+    return pa.concat_tables(done) if done else OUTCOME_SCHEMA.empty_table()
 
 
 def _check_usable(numbers: dict[str, int], rejections: pa.Table) -> None:
@@ -130,7 +133,7 @@ def _check_usable(numbers: dict[str, int], rejections: pa.Table) -> None:
     example = rejections.slice(0, 1).to_pylist()
     raise DataError(
         f"No training pair is left of {numbers['records']} records",
-        got=f"rejections {reasons}; the first: {example}" if reasons else "all pairs in validation and held-out",
+        got=f"rejections {reasons}; the first: {example}" if reasons else f"{numbers['used']} pairs, none in training",
         expected="records with prompt, chosen and rejected",
         fix="mend the data, or raise prepare.max_prompt_tokens if prompts are too long",
     )

@@ -10,8 +10,8 @@ from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import model_folder
 from dpo_train.progress import Reporter
-from dpo_train.stages.common import make, model_digest
-from dpo_train.tracking import Tracking
+from dpo_train.stages.common import check_made_from, make, model_digest
+from dpo_train.tracking import Tracking, redacted
 
 
 def register(
@@ -28,28 +28,30 @@ def register(
     An output that is complete is believed only while the registry still has its version.
 
     Raises:
+        StoreError: the report is about another policy.
         NotLearnedError, GateRefusedError: the report's verdict; nothing is registered.
     """
+    check_made_from(report, "policy", policy)
     registry.check_verdict(report.record.details, report.path / "report.html")
     name = config.register.model_name
-    content = {**to_dict(config.register), "tracking_uri": tracking.uri}
+    content = {**to_dict(config.register), "tracking_uri": redacted(tracking.uri)}
     inputs = {"report": report.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
 
     def ensure_version() -> str:
         run = run_id or tracking.start_run("register")
-        reporter = Reporter.from_environment("register")
-        reporter.message(f"registering {name} in MLflow at {tracking.uri}")
-        version = registry.register_version(
-            tracking.client,
-            tracking.uri,
-            name,
-            report.record.digest,
-            alias=config.register.alias,
-            load=lambda: _merged(config, policy),
-            run_id=run,
-            tags={f"dpo.{key}": value for key, value in inputs.items()},
-            metadata={"beta": policy.record.details["beta"], "metrics": dict(report.record.metrics)},
-        )
+        Reporter.from_environment("register").message(f"registering {name} in MLflow at {redacted(tracking.uri)}")
+        with tracking.errors():
+            version = registry.register_version(
+                tracking.client,
+                tracking.uri,
+                name,
+                report.record.digest,
+                alias=config.register.alias,
+                load=lambda: _merged(config, policy),
+                run_id=run,
+                tags={f"dpo.{key}": value for key, value in inputs.items()},
+                metadata={"beta": policy.record.details["beta"], "metrics": dict(report.record.metrics)},
+            )
         if run_id is None:
             tracking.end(run, "FINISHED")
         return version
@@ -57,12 +59,14 @@ def register(
     def body(out: Output) -> Summary:
         version = ensure_version()
         details = {"model_name": name, "version": version, "uri": f"models:/{name}/{version}"}
-        out.write_json("version.json", {**details, "tracking_uri": tracking.uri})
+        out.write_json("version.json", {**details, "tracking_uri": redacted(tracking.uri)})
         return Summary(details=details)
 
     artifact = make(config, "register", content, inputs, body, output=output)
-    if artifact.reused and registry.find_version(tracking.client, name, report.record.digest) is None:
-        # The registry lost it (another MLflow store at the same address): the record is void.
+    with tracking.errors():
+        found = registry.find_version(tracking.client, name, report.record.digest) if artifact.reused else None
+    if artifact.reused and found != artifact.record.details["version"]:
+        # The registry lost it, or holds it under another number: the record is void.
         (artifact.path / "record.json").unlink()
         artifact = make(config, "register", content, inputs, body, output=output)
     return artifact

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_train.artifacts import Artifact, Output, Summary
-from dpo_train.config import ModelConfig, RunConfig, to_dict
+from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.pairs import SCORED_SCHEMA, SPLITS, token_pairs
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import compute_dtype, make, model_digest
@@ -32,7 +32,7 @@ def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, o
     def body(out: Output) -> Summary:
         tables = {split: pq.read_table(pairs.path / f"{split}.parquet") for split in SPLITS}
         everything = pa.concat_tables(tables.values())
-        scorer = functools.partial(score_table_of, config.model, config.compute.device, None, config.score.row_tokens)
+        scorer = functools.partial(score_table_of, config, None, config.score.row_tokens)
         scores = score_table(everything, scorer, executor, Reporter.from_environment("score_reference"))
         for split, table in tables.items():
             scored = join_scores(table, scores, prefix="reference_")
@@ -42,11 +42,12 @@ def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, o
     return make(config, "score_reference", content, inputs, body, output=output)
 
 
-def score_table_of(model: ModelConfig, device: str, weights: str | None, row_tokens: int) -> TableFunction:
+def score_table_of(config: RunConfig, weights: str | None, row_tokens: int) -> TableFunction:
     """Builds the scorer in its worker; torch is imported there and not here."""
     from dpo_train.model.score_table import ScoreTable
 
-    return ScoreTable(model, device, weights, row_tokens)
+    frozen_base = config.train.lora is not None
+    return ScoreTable(config.model, config.compute.device, weights, row_tokens, frozen_base)
 
 
 def score_table(

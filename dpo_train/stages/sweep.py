@@ -16,9 +16,10 @@ from dpo_train.evaluate.select import Trial, choose_beta
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.executor import Executor, InProcess
-from dpo_train.stages.train import CADENCE, check_train_config, train
+from dpo_train.stages.train import CADENCE, train
 
 TRIALS_FILE = "trials.json"
+NEVER = 2**31
 
 
 def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Path | None = None) -> Artifact:
@@ -31,7 +32,6 @@ def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Pa
         ConfigError: betas but no validation pairs to choose on.
         RunError: every trial failed.
     """
-    check_train_config(config.train)
     betas = config.sweep.betas
     if not betas:
         content: dict[str, object] = {"beta": config.train.beta}
@@ -75,7 +75,7 @@ def _run_trials(
     betas = sorted(set(config.sweep.betas))
     steps = config.sweep.max_steps or config.train.max_steps
     # Of a trial only its end counts: validation pairs are measured once.
-    section = dataclasses.replace(config.train, max_steps=steps)
+    section = dataclasses.replace(config.train, max_steps=steps, evaluate_steps=NEVER)
     trial_config = dataclasses.replace(config, train=section)
     outputs = {beta: folder / "trials" / f"beta-{beta:g}" for beta in betas}
     reporter = Reporter.from_environment("sweep")
@@ -94,7 +94,7 @@ def _train_trial(
     config: RunConfig, scored: Artifact, beta: float, output: Path, reporter: Reporter, index: int, count: int
 ) -> None:
     reporter.message(f"trial {index + 1} of {count}: beta {beta:g}")
-    train(config, scored, InProcess(), beta=beta, output=output, stage_name="sweep")
+    train(config, scored, InProcess(), beta=beta, output=output, reporter=reporter)
 
 
 def _finished(beta: float, output: Path, num_validation: int) -> Trial:

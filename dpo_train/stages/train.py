@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from dpo_train.artifacts import Artifact, Output, Summary, identity
-from dpo_train.config import RunConfig, TrainConfig, to_dict
-from dpo_train.errors import ConfigError
+from dpo_train.config import RunConfig, to_dict
+from dpo_train.errors import StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
@@ -25,20 +27,18 @@ def train(
     *,
     beta: float | None = None,
     output: Path | None = None,
-    stage_name: str = "train",
+    reporter: Reporter | None = None,
 ) -> Artifact:
     """Makes ``adapter/`` or ``model/``, and ``metrics.jsonl`` with one line per step.
 
     Args:
         beta: from a sweep; default: ``train.beta``.
-        stage_name: whose progress this is (a trial reports as the sweep).
+        reporter: where progress goes; a trial reports as the sweep, from a worker that does not know the environment.
 
     Raises:
-        ConfigError: smoothing with a loss that has none.
         RunError: the loss is not finite, a worker died for good, or the policy does not start as its reference.
     """
     section = config.train if beta is None else dataclasses.replace(config.train, beta=beta)
-    check_train_config(section)
     content = {key: value for key, value in to_dict(section).items() if key not in CADENCE}
     content["seed"] = config.seed
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
@@ -54,29 +54,18 @@ def train(
                 scored=str(scored.path),
                 data_digest=scored.record.digest,
                 output=str(out.path),
-                reporter=Reporter.from_environment(stage_name),
+                reporter=reporter or Reporter.from_environment("train"),
             )
         )
         history = read_history(out.path / METRICS_FILE)
+        if not history or [line["step"] for line in history] != list(range(len(history))):
+            raise StoreError(f"{out.path / METRICS_FILE} lacks steps", fix=f"remove {out.path} and run again")
         last = {name: value for name, value in history[-1].items() if name != "step"}
+        num_validation = pq.read_metadata(scored.path / "validation.parquet").num_rows
         return Summary(
-            counts={"steps": len(history), "validation_pairs": scored.record.counts.get("pairs/validation", 0)},
+            counts={"steps": len(history), "validation_pairs": num_validation},
             metrics={**last, "first_loss": history[0]["loss"]},
             details={"beta": section.beta},
         )
 
     return make(config, "train", content, inputs, body, output=output, resumable=True)
-
-
-def check_train_config(section: TrainConfig) -> None:
-    """What the types cannot say.
-
-    Raises:
-        ConfigError: options that contradict each other.
-    """
-    if section.label_smoothing and section.loss != "sigmoid":
-        raise ConfigError(
-            f"train.label_smoothing has no meaning with the {section.loss} loss",
-            got=section.label_smoothing,
-            expected="0, or train.loss=sigmoid",
-        )

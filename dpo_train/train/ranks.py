@@ -45,6 +45,14 @@ class Ranks:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
+    def gather(self, mine: list[str]) -> list[list[str]]:
+        """Every rank's list, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

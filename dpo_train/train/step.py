@@ -106,8 +106,9 @@ def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainC
         for pair in row
         if not bool(torch.isfinite(_row_loss(policy, [pair], config)[0]))
     ]
+    found = [f"{pair_id} (rank {rank})" for rank, ids in enumerate(ranks.gather(bad)) for pair_id in ids]
     raise NonFiniteLossError(
-        f"The loss is not finite at step {step}, rank {ranks.rank}",
-        got=f"pairs {', '.join(bad)}" if bad else "finite losses on this rank; another rank names its pairs",
+        f"The loss is not finite at step {step}",
+        got=f"pairs {', '.join(found)}" if found else "finite losses when the pairs are scored one by one",
         fix="lower train.learning_rate, or look at these pairs",
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
 from tests.command import Finished, dpo, start, write_config
 from tests.tiny import tiny_config
@@ -43,7 +44,10 @@ def test_interrupt_in_a_stage_leaves_nothing_behind_and_the_next_run_goes_on(con
         assert event["kind"] != "end" or event["reused"] or event["stage"] in STAGES[: STAGES.index(stage)]
     family = psutil.Process(process.pid).children(recursive=True)
 
-    process.send_signal(signal.SIGINT)
+    # As a terminal does: to the whole group at once; and an impatient person does it twice.
+    os.killpg(process.pid, signal.SIGINT)
+    if stage == "train":
+        os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
 
     assert process.returncode == 130, output
@@ -54,6 +58,9 @@ def test_interrupt_in_a_stage_leaves_nothing_behind_and_the_next_run_goes_on(con
     assert list(store.glob(f"{stage}/*/record.json")) == []
     for earlier in STAGES[: STAGES.index(stage)]:
         assert len(list(store.glob(f"{earlier}/*/record.json"))) == 1
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dpo").experiment_id])
+    assert "RUNNING" not in {run.info.status for run in runs if run.data.tags["dpo.kind"] == "pipeline"}
 
 
 def test_run_after_all_interrupts_completes(config_file: Path) -> None:
@@ -78,6 +85,26 @@ def test_terminated_run_ends_as_an_interrupted_one(config_file: Path) -> None:
     output, _ = process.communicate(timeout=120)
 
     assert process.returncode == 130, output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.parametrize("stage", ["sweep", "train", "evaluate"])
+def test_interrupt_of_a_single_stage_command(config_file: Path, stage: str) -> None:
+    """A stage in the command's own process, where Ray would put its own signal handlers."""
+    store = config_file.parent / f"single-{stage}"
+    process = start(stage, str(config_file), f"store={store}", "sweep.betas=[0.1, 0.2]")
+    for event in events_of_new_run(store, known=set()):
+        if event["stage"] == stage and event["kind"] == "progress":
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert list(store.glob(f"{stage}/*/record.json")) == []
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 

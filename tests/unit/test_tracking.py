@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dpo_train.artifacts import Artifact, Record
 from dpo_train.config import RunConfig
-from dpo_train.errors import GateRefusedError, NotLearnedError
+from dpo_train.errors import GateRefusedError, NotLearnedError, StoreError
 from dpo_train.progress import Reporter
 from dpo_train.registry import check_verdict
 from dpo_train.stages import register
@@ -17,7 +18,7 @@ from dpo_train.stages.executor import InProcess
 from dpo_train.stages.prepare import prepare
 from dpo_train.stages.score_reference import score_reference
 from dpo_train.stages.train import train
-from dpo_train.tracking import Tracking, TrackingError, flatten, tracking_uri
+from dpo_train.tracking import Tracking, TrackingError, flatten, redacted, tracking_uri
 from tests.tiny import tiny_config
 
 pytest.importorskip("mlflow")
@@ -34,10 +35,11 @@ def policy(config: RunConfig) -> Artifact:
     return train(config, score_reference(config, prepare(config, local), local), local)
 
 
-def report(folder: Path, digest: str, *, learned: bool = True, passed: bool = True) -> Artifact:
+def report(folder: Path, digest: str, policy_digest: str, *, learned: bool = True, passed: bool = True) -> Artifact:
     """A finished evaluation's artifact."""
     details = {"learned": learned, "passed": passed, "beta": 0.1}
-    record = Record(stage="evaluate", digest=digest, config={}, inputs={}, code_version="x", details=details)
+    inputs = {"policy": policy_digest}
+    record = Record(stage="evaluate", digest=digest, config={}, inputs=inputs, code_version="x", details=details)
     return Artifact(path=folder, record=record)
 
 
@@ -95,7 +97,7 @@ def test_deleted_experiment_is_explained(config: RunConfig, tmp_path: Path) -> N
 
 def test_uri_that_makes_no_sense_is_the_users_mistake(tmp_path: Path) -> None:
     """No traceback of SQLAlchemy's."""
-    with pytest.raises(TrackingError, match="tracking.uri"):
+    with pytest.raises(TrackingError, match=r"tracking\.uri"):
         Tracking(tiny_config(tmp_path, tracking__uri="sqlite:////proc/nowhere/x.db")).start_run("x")
 
 
@@ -113,15 +115,38 @@ def test_same_result_is_registered_once_and_again_if_the_registry_lost_it(
 ) -> None:
     """One report, one version; another report, another; a record is believed only while the version exists."""
     tracking = Tracking(config)
+    made = policy.record.digest
 
-    first = register(config, policy, report(tmp_path, "d1"), tracking)
-    again = register(config, policy, report(tmp_path, "d1"), tracking, output=tmp_path / "elsewhere")
-    other = register(config, policy, report(tmp_path, "d2"), tracking)
+    first = register(config, policy, report(tmp_path, "d1", made), tracking)
+    again = register(config, policy, report(tmp_path, "d1", made), tracking, output=tmp_path / "elsewhere")
+    other = register(config, policy, report(tmp_path, "d2", made), tracking)
 
     assert [a.record.details["version"] for a in (first, again, other)] == ["1", "1", "2"]
     assert tracking.client.get_model_version_by_alias("tiny", "challenger").version == 2
-    assert register(config, policy, report(tmp_path, "d1"), tracking).reused
+    assert register(config, policy, report(tmp_path, "d1", made), tracking).reused
     tracking.client.delete_model_version("tiny", "1")
-    made_again = register(config, policy, report(tmp_path, "d1"), tracking)
+    made_again = register(config, policy, report(tmp_path, "d1", made), tracking)
     assert made_again.record.details["version"] == "3"
     assert json.loads((made_again.path / "version.json").read_text())["version"] == "3"
+
+
+def test_report_about_another_policy_registers_nothing(config: RunConfig, policy: Artifact, tmp_path: Path) -> None:
+    """A good report cannot be lent to another policy."""
+    with pytest.raises(StoreError, match="was not made from"):
+        register(config, policy, report(tmp_path, "d9", "another"), Tracking(config))
+
+
+def test_password_in_the_uri_is_shown_and_recorded_nowhere() -> None:
+    """Neither in messages nor in records."""
+    assert redacted("postgresql://user:secret@host/db") == "postgresql://***@host/db"
+    assert redacted("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+def test_callers_mlflow_address_survives_a_registration(
+    config: RunConfig, policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log_model knows only MLflow's global address; the next run of this process must not inherit ours."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    register(config, policy, report(tmp_path, "d3", policy.record.digest), Tracking(config))
+
+    assert "MLFLOW_TRACKING_URI" not in os.environ

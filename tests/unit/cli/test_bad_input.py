@@ -51,6 +51,7 @@ def test_wrong_value_is_named_before_anything_starts(config_file: Path, override
     finished = dpo("run", str(config_file), *override.split(), "compute.executor=local")
 
     check(finished, 2, words)
+    assert not (config_file.parent / "store" / "prepare").exists()
 
 
 def test_missing_config_says_how_to_get_one(tmp_path: Path) -> None:
@@ -129,6 +130,32 @@ def test_full_disk_fails_the_run_and_leaves_nothing_complete(config_file: Path, 
     filler.unlink()
     assert dpo("score-reference", str(config_file), "--pairs", str(pairs), "--output", str(output)).code == 0
     assert json.loads((output / "record.json").read_text())["stage"] == "score_reference"
+
+
+def test_full_disk_under_the_whole_store(config_file: Path, tmpfs: Path) -> None:
+    """Log, events and MLflow's file lie there too; still one message."""
+    finished = dpo(
+        "prepare", str(config_file), f"store={tmpfs}/store", "tracking.uri=sqlite:////" + str(tmpfs) + "/m.db"
+    )
+
+    assert finished.code == 1, finished.output
+    assert "full" in finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_data_that_cannot_be_read(config_file: Path) -> None:
+    """A file whose bytes the system does not give out."""
+    broken = config_file.parent / "broken.jsonl"
+    broken.symlink_to("/proc/self/mem")
+
+    check(dpo("run", str(config_file), f"prepare.path={broken}"), 2, "cannot be read")
+
+
+def test_overrides_may_follow_an_option(config_file: Path) -> None:
+    """argparse alone would refuse them."""
+    finished = dpo("run", str(config_file), "--name", "x", "train.bta=0.2")
+
+    check(finished, 2, "did you mean 'train.beta'")
 
 
 def check(finished: Finished, code: int, words: str) -> None:

@@ -186,7 +186,7 @@ def test_every_family_trains_with_adapters_on_all_linear_modules(tmp_path: Path,
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("no_such_module",), "The adapters do not fit the model"),
+        (("no_such_module",), "The model has no such module"),
         (("q_proj", "lm_head"), "LoRA on the vocabulary matrix is not supported"),
     ],
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, SPLITS
-from dpo_train.errors import ConfigError, DataError, NonFiniteLossError
+from dpo_train.errors import ConfigError, DataError, ModelError, NonFiniteLossError, StoreError
 from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
@@ -151,6 +154,49 @@ def test_sweep_without_betas_hands_on_the_configs(config: RunConfig, scored: Art
 
     assert made.record.details["beta"] == 0.3
     assert made.record.counts["trials"] == 0
+
+
+def test_policy_is_not_judged_on_pairs_of_another_split(config: RunConfig, policy: Artifact, tmp_path: Path) -> None:
+    """Pairs split with another seed may hold what the policy was trained on."""
+    other = replace(config, store=str(tmp_path), seed=99)
+    scored = score_reference(other, prepare(other, LOCAL), LOCAL)
+
+    with pytest.raises(StoreError, match="was not made from"):
+        evaluate(other, scored, policy, LOCAL)
+
+
+def test_policy_without_weights_is_not_taken_for_the_base(config: RunConfig, scored: Artifact, tmp_path: Path) -> None:
+    """A sweep's trial keeps no weights; evaluating it must not measure the base model."""
+    made = train(with_(config, "train", max_steps=1), scored, LOCAL, output=tmp_path / "trial")
+    shutil.rmtree(made.path / "adapter")
+
+    with pytest.raises(ModelError, match="no trained weights"):
+        evaluate(config, scored, made, LOCAL)
+
+
+def test_full_training_starts_as_its_reference_and_learns(config: RunConfig, scored: Artifact) -> None:
+    """Without adapters all weights are trained, a model folder is written, and its evaluation loads that folder."""
+    full = with_(config, "train", lora=None, learning_rate=1e-3)
+
+    made = train(full, scored, LOCAL)
+
+    assert (made.path / "model" / "model.safetensors").is_file()
+    assert made.record.metrics["first_loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert made.record.counts["validation_pairs"] == pq.read_metadata(scored.path / "validation.parquet").num_rows > 0
+    assert evaluate(full, scored, made, LOCAL).record.details["learned"] is True
+
+
+def test_pairs_of_few_groups_are_not_judged(config: RunConfig, policy: Artifact, tmp_path: Path) -> None:
+    """Sixty right of a hundred from one conversation are no evidence."""
+    few = with_(config, "evaluate", min_heldout_pairs=2)
+    scored = score_reference(config, prepare(config, LOCAL), LOCAL)
+    table = pq.read_table(scored.path / "heldout.parquet")
+    one_group = table.set_column(table.column_names.index("group"), "group", pa.array(["same"] * len(table)))
+    shutil.copytree(scored.path, tmp_path / "scored")
+    pq.write_table(one_group, tmp_path / "scored" / "heldout.parquet")
+
+    with pytest.raises(DataError, match="too few groups"):
+        evaluate(few, replace(scored, path=tmp_path / "scored"), policy, LOCAL)
 
 
 def test_sweep_needs_validation_pairs(config: RunConfig, tmp_path: Path) -> None:
