@@ -194,7 +194,7 @@ def test_text_form_reads_back_and_survives_kubeflow(name: str, beta: float, seed
         config,
         seed=seed,
         train=dataclasses.replace(config.train, beta=beta),
-        register=dataclasses.replace(config.register, model_name=name),
+        tracking=dataclasses.replace(config.tracking, experiment=name),
     )
     text = to_text(config)
     assert parse_config(text) == config
@@ -210,24 +210,29 @@ def test_text_form_keeps_the_paths_that_kubeflow_would_damage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("overrides", "words"),
     [
-        ("train: {loss: ipo, label_smoothing: 0.1}", "no meaning with the ipo loss"),
-        ("prepare: {path: p, heldout_fraction: 0}", "nothing to evaluate on"),
-        ("prepare: {path: p, heldout_fraction: 0.5, validation_fraction: 0.5}", "nothing to train on"),
-        ("prepare: {path: p, max_heldout_pairs: 5}", "below evaluate.min_heldout_pairs"),
-        ("{prepare: {path: p, validation_fraction: 0}, sweep: {betas: [0.1]}}", "needs validation pairs"),
-        ("register: {model_name: org/model}", "'register.model_name'"),
-        ("register: {alias: latest}", "no alias that MLflow takes"),
-        ("register: {alias: v12}", "no alias that MLflow takes"),
-        ("seed: -1", "greater than or equal to 0"),
-        ("{seed: 1, seed: 2}", "stands twice"),
+        (["train.loss=ipo", "train.label_smoothing=0.1"], "no meaning with the ipo loss"),
+        (["prepare.heldout_fraction=0"], "nothing to evaluate on"),
+        (["prepare.heldout_fraction=0.5", "prepare.validation_fraction=0.5"], "nothing to train on"),
+        (["prepare.max_heldout_pairs=5"], "below evaluate.min_heldout_pairs"),
+        (["prepare.validation_fraction=0", "sweep.betas=[0.1]"], "needs validation pairs"),
+        (["register.model_name=org/model"], "'register.model_name'"),
+        (["register.alias=latest"], "no alias that MLflow takes"),
+        (["register.alias=v12"], "no alias that MLflow takes"),
+        (["seed=-1"], "greater than or equal to 0"),
     ],
 )
-def test_contradiction_is_found_before_anything_runs(text: str, words: str) -> None:
+def test_contradiction_is_found_before_anything_runs(overrides: list[str], words: str) -> None:
     """What would fail after hours fails now."""
     with pytest.raises(ConfigError, match=words):
-        _parse(text)
+        _parse("", *overrides)
+
+
+def test_key_that_stands_twice_is_refused() -> None:
+    """YAML readers keep the last one silently, and with it half of a person's settings."""
+    with pytest.raises(ConfigError, match="the key 'train' stands twice"):
+        _parse("train: {beta: 0.1}\ntrain: {epochs: 2}")
 
 
 def test_dict_form_is_plain_json() -> None:

@@ -134,6 +134,7 @@ def test_full_disk_fails_the_run_and_leaves_nothing_complete(config_file: Path, 
 
 def test_full_disk_under_the_whole_store(config_file: Path, tmpfs: Path) -> None:
     """Log, events and MLflow's file lie there too; still one message."""
+    (tmpfs / "filler").write_bytes(bytes(700 * 1024))
     finished = dpo(
         "prepare", str(config_file), f"store={tmpfs}/store", "tracking.uri=sqlite:////" + str(tmpfs) + "/m.db"
     )
