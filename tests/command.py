@@ -26,7 +26,7 @@ class Finished:
     @property
     def run_folder(self) -> Path:
         """The newest run's folder."""
-        return max((self.store / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return max((p for p in (self.store / "runs").iterdir() if p.is_dir()), key=lambda path: path.stat().st_mtime_ns)
 
     @property
     def log(self) -> str:

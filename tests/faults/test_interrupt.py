@@ -122,8 +122,11 @@ def test_killed_run_continues_from_the_last_complete_output(config_file: Path) -
     process.communicate()
     # The task that kfp.local had started is an orphan now; a person's shell would have ended its group.
     for orphan in family:
-        if orphan.is_running() and "executor_main" in " ".join(orphan.cmdline()):
-            os.kill(orphan.pid, signal.SIGKILL)
+        try:
+            if "executor_main" in " ".join(orphan.cmdline()):
+                orphan.kill()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
     psutil.wait_procs(family, timeout=60)
 
     finished: Finished = dpo(*arguments, store=store)
@@ -136,7 +139,7 @@ def test_killed_run_continues_from_the_last_complete_output(config_file: Path) -
 
 
 def folders(store: Path) -> list[Path]:
-    return list((store / "runs").glob("*"))
+    return [path for path in (store / "runs").glob("*") if path.is_dir()]
 
 
 def events_of_new_run(store: Path, *, known: set[Path], timeout: float = 300) -> Iterator[dict[str, Any]]:
