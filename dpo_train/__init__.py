@@ -9,7 +9,7 @@ The flow from a notebook::
     config = load_config("config.yaml", ["train.beta=0.2"])
     result = run(config)
     print(result.metrics["heldout/accuracy"], result.report)
-    print(result.model_uri)
+    print(result.model_uri, result.tracking_uri)
 
 or stage by stage with ``run_stage(name, config, inputs)``.
 """

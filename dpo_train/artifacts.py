@@ -35,7 +35,7 @@ RECORD_FILE = "record.json"
 CLAIM_FILE = "claim.json"
 
 # What only shows or moves results is not part of what computes them.
-_PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py"}
+_PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py", "runs.py"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dpo_train.artifacts import Artifact, open_artifact
+from dpo_train.artifacts import RECORD_FILE, Artifact, open_artifact
 from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import DpoError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
@@ -47,6 +47,7 @@ class Result:
     """A finished flow."""
 
     artifacts: Mapping[str, Artifact]
+    tracking_uri: str
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -147,15 +148,17 @@ def run(config: RunConfig) -> Result:
     Raises:
         DpoError: the user's mistake, a failed stage, or a gate that refused the model.
     """
+    from dpo_train.tracking import tracking_uri
+
     config = resolve_device(config)
     check_inputs(config)
-    run_id = open_run(config, Path(config.store).name)
     artifacts: dict[str, Artifact] = {}
     with session(config):
+        run_id = open_run(config, Path(config.store).name)
         for stage, needed in INPUTS.items():
             inputs = {name: artifacts[name] for name in needed}
             artifacts[stage] = run_stage(stage, config, inputs, run_id=run_id)
-    return Result(artifacts=artifacts)
+    return Result(artifacts=artifacts, tracking_uri=tracking_uri(config))
 
 
 @contextlib.contextmanager
@@ -357,16 +360,16 @@ def _events(config: RunConfig, run_id: str | None) -> Iterator[Path]:
 
 def _log(tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:
     """Completes the stage's run, and under a sweep adds a run for each trial."""
-    from dpo_train.metrics_file import read_history
+    from dpo_train.metrics_file import METRICS_FILE, read_history
 
-    history = read_history(artifact.path / "metrics.jsonl")
+    history = read_history(artifact.path / METRICS_FILE)
     tracking.log_history(stage_run, [line for line in history if int(line["step"]) not in logged], logged)
     tracking.log_artifact(stage_run, artifact, history)
     for folder in sorted((artifact.path / "trials").glob("*")):
-        if (folder / "record.json").is_file() and not artifact.reused:
+        if (folder / RECORD_FILE).is_file() and not artifact.reused:
             trial = open_artifact(folder)
             trial_run = tracking.start_run(folder.name, parent=stage_run, tags={"dpo.kind": "trial"})
-            trial_history = read_history(folder / "metrics.jsonl")
+            trial_history = read_history(folder / METRICS_FILE)
             tracking.log_history(trial_run, trial_history, set())
             tracking.log_artifact(trial_run, trial, trial_history)
             tracking.end(trial_run, "FINISHED")
