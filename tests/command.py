@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_train.config import RunConfig, to_dict
 
-DPO = (sys.executable, "-c", "import sys; from dpo_train.cli import main; sys.exit(main())")
+DPO = (str(Path(sys.executable).with_name("dpo")),)
 
 
 @dataclass(frozen=True)
