@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.executor import Executor
-from dpo_train.train.job import TrainJob
+from dpo_train.train.job import CHECKPOINT_FOLDER, TrainJob
 
 CADENCE = ("checkpoint_steps",)
 """Options that change when something is saved, never what is trained."""
@@ -68,4 +69,7 @@ def train(
             details={"beta": section.beta},
         )
 
-    return make(config, "train", content, inputs, body, output=output, resumable=True)
+    artifact = make(config, "train", content, inputs, body, output=output, resumable=True)
+    # Only now: killed before its record was written, a finished training must not begin anew.
+    shutil.rmtree(artifact.path / CHECKPOINT_FOLDER, ignore_errors=True)
+    return artifact

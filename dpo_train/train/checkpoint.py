@@ -10,8 +10,7 @@ import torch
 
 from dpo_train.errors import StoreError
 from dpo_train.model.load import Policy, load_parameter_state, parameter_state
-
-CHECKPOINT_FOLDER = "checkpoints"
+from dpo_train.train.job import CHECKPOINT_FOLDER
 
 
 @dataclass(frozen=True)

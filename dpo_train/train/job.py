@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from dpo_train.config import ModelConfig, TrainConfig
 from dpo_train.progress import Reporter
 
+CHECKPOINT_FOLDER = "checkpoints"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:

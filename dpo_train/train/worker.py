@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,7 +13,6 @@ from dpo_train.data.pairs import TokenPair, token_pairs
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.model.load import load_policy, save_policy, select_device
 from dpo_train.model.score import check_layout
-from dpo_train.train.checkpoint import CHECKPOINT_FOLDER
 from dpo_train.train.job import TrainJob
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
@@ -47,7 +45,6 @@ def run_rank(job: TrainJob, ranks: Ranks) -> None:
     if ranks.is_first:
         tokenizer = load_tokenizer(model_folder(job.model.path), trust_remote_code=job.model.trust_remote_code)
         save_policy(policy, output, tokenizer)
-        shutil.rmtree(output / CHECKPOINT_FOLDER, ignore_errors=True)
     ranks.barrier()
 
 

@@ -134,8 +134,10 @@ def test_killed_run_continues_from_the_last_complete_output(config_file: Path) -
     assert finished.code == 0, finished.output
     assert [s for s, end in finished.ends().items() if end["reused"]] == ["prepare", "score_reference", "sweep"]
     steps = [e["done"] for e in finished.events if e["stage"] == "train" and e["kind"] == "progress"]
-    assert steps[0] > 1
-    assert steps[-1] == 20
+    # The workers may have come to the end before they noticed; then nothing is left to train.
+    assert 1 not in steps
+    history = (Path(finished.ends()["train"]["path"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == list(range(20))
 
 
 def folders(store: Path) -> list[Path]:

@@ -16,8 +16,10 @@ from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, SPLITS
 from dpo_train.errors import ConfigError, DataError, ModelError, NonFiniteLossError, StoreError
+from dpo_train.progress import Reporter
 from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
 from dpo_train.stages.executor import InProcess
+from dpo_train.train.job import TrainJob
 from tests.tiny import tiny_config
 
 LOCAL = InProcess()
@@ -118,6 +120,27 @@ def test_where_and_how_often_is_no_part_of_the_identity(
 ) -> None:
     """Workers, tracking and the cadence of checkpoints change no result."""
     assert train(with_(config, section, **changes), scored, LOCAL).path == policy.path
+
+
+def test_training_killed_before_its_record_trains_nothing_again(
+    config: RunConfig, scored: Artifact, tmp_path: Path
+) -> None:
+    """All steps done, the policy saved, then killed: the checkpoint of the last step is still there to go on from."""
+
+    class Killed(InProcess):
+        def train(self, job: TrainJob) -> None:
+            super().train(job)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, scored, Killed(), output=tmp_path / "out")
+    events = Reporter(str(tmp_path / "events.jsonl"))
+
+    made = train(config, scored, LOCAL, output=tmp_path / "out", reporter=events)
+
+    assert made.record.counts["steps"] == 20
+    assert not (tmp_path / "events.jsonl").exists()
+    assert not (made.path / "checkpoints").exists()
 
 
 def test_moved_data_and_model_are_still_the_same(config: RunConfig, pairs: Artifact, tmp_path: Path) -> None:
