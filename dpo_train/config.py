@@ -10,7 +10,6 @@ identity of an output (see artifacts.py).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field
 
+from dpo_train.decoding import apply_override, decode, parse_yaml
 from dpo_train.errors import ConfigError
 
 
@@ -232,13 +231,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 def parse_config(text: str, overrides: typing.Sequence[str] = (), *, origin: str = "the config") -> RunConfig:
     """The same from YAML (or JSON) text."""
-    tree = _parse_yaml(text, origin)
+    tree = parse_yaml(text, origin)
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin} is not a mapping", got=type(tree).__name__, expected="sections such as `model:`")
     for override in overrides:
-        _apply_override(tree, override)
-    _drop_empty_sections(tree, RunConfig)
-    config = _decode(tree, origin)
+        apply_override(tree, override)
+    config = decode(tree, RunConfig, origin)
     _check(config, origin)
     return _absolute(config)
 
@@ -258,123 +256,6 @@ def to_text(config: RunConfig) -> str:
     return text.replace("python3", "\\u0070ython3").replace("{{$", "\\u007b{$")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``5e-7`` is a number, as people mean it (YAML 1.1 reads it as text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError("An override cannot be read", got=repr(override), expected="section.key=value")
-    *sections, last = key.strip().split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"The override {override!r} goes through {section!r}, which is a single value")
-        node = child
-    node[last] = _parse_yaml(text, f"the override {override!r}")
-
-
-def _drop_empty_sections(tree: dict[str, Any], kind: type) -> None:
-    """A section of which every line is a comment reads as null in YAML; it means the defaults."""
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        inner = section_type(hints[item.name])
-        if inner is None or item.name not in tree:
-            continue
-        if tree[item.name] is None and item.default is not None:
-            del tree[item.name]
-        elif isinstance(tree[item.name], dict):
-            _drop_empty_sections(tree[item.name], inner)
-
-
-def _decode(tree: dict[str, Any], origin: str) -> RunConfig:
-    try:
-        # JSON mode keeps strictness and still lets a list be read as a tuple.
-        return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in _leaf_problems(error)]
-        raise ConfigError(f"{origin} has {len(lines)} mistake{'s' * (len(lines) > 1)}: " + "; ".join(lines)) from None
-
-
-def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
-    """One problem per key: a union reports every branch that failed, of which the first says enough."""
-    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for problem in error.errors(include_url=False):
-        *sections, last = problem["loc"]
-        path = tuple(part for part in sections if not (isinstance(part, str) and _is_union_tag(part)))
-        # An unknown key is always the last part, whatever it looks like.
-        if problem["type"] == "unexpected_keyword_argument" or not (isinstance(last, str) and _is_union_tag(last)):
-            path = (*path, last)
-        seen.setdefault(path, {**problem, "loc": path})
-    return list(seen.values())
-
-
-def _is_union_tag(part: str) -> bool:
-    return not part.isidentifier() or part[0].isupper() or part in {"int", "float", "str", "bool"}
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "unexpected_keyword_argument":
-        known = known_keys()
-        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.split(".")[-1], [k.split(".")[-1] for k in known], n=1
-        )
-        full = next((k for k in known if near and (k == near[0] or k.split(".")[-1] == near[0])), None)
-        return f"unknown key {key!r}" + (f" (did you mean {full!r}?)" if full else "")
-    if problem["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
-        return f"{key!r} is required"
-    message = problem["msg"].removeprefix("Input ").removesuffix(".")
-    return f"{key!r} {message}, got {problem['input']!r}"
-
-
-def known_keys() -> list[str]:
-    """Every key of a RunConfig in dotted form."""
-    return [key for key, _ in walk_options()]
-
-
-def walk_options(kind: type = RunConfig, prefix: str = "") -> list[tuple[str, dataclasses.Field[Any]]]:
-    """(dotted key, field) for every option, sections included, in the order of declaration."""
-    hints = typing.get_type_hints(kind)
-    found: list[tuple[str, dataclasses.Field[Any]]] = []
-    for item in dataclasses.fields(kind):
-        found.append((prefix + item.name, item))
-        inner = section_type(hints[item.name])
-        if inner is not None:
-            found.extend(walk_options(inner, f"{prefix}{item.name}."))
-    return found
-
-
-def section_type(hint: Any) -> type | None:
-    """The dataclass behind a field's type (``X`` or ``X | None``), or None for a plain value."""
-    for candidate in (hint, *typing.get_args(hint)):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
-
-
 def _check(config: RunConfig, origin: str) -> None:
     """What the types of single keys cannot say: keys that contradict each other."""
     prepare, train = config.prepare, config.train
@@ -383,6 +264,7 @@ def _check(config: RunConfig, origin: str) -> None:
         f"train.label_smoothing has no meaning with the {train.loss} loss": (
             train.label_smoothing and train.loss != "sigmoid"
         ),
+        "train.weight_decay has no meaning with rmsprop": train.weight_decay and train.optimizer != "adamw",
         "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not prepare.heldout_fraction,
         "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
             prepare.heldout_fraction + prepare.validation_fraction >= 1

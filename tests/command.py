@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ DPO = (str(Path(sys.executable).with_name("dpo")),)
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind."""
+    """What a command left behind. Its run's folder is looked up at once: a later command makes a newer one."""
 
     code: int
     output: str
     store: Path
+    run_folder: Path = field(init=False)
 
-    @property
-    def run_folder(self) -> Path:
-        """The newest run's folder."""
-        return max((p for p in (self.store / "runs").iterdir() if p.is_dir()), key=lambda path: path.stat().st_mtime_ns)
+    def __post_init__(self) -> None:
+        folders = [path for path in (self.store / "runs").glob("*") if path.is_dir()]
+        newest = max(folders, key=lambda path: path.stat().st_mtime_ns, default=self.store)
+        object.__setattr__(self, "run_folder", newest)
 
     @property
     def log(self) -> str:

@@ -7,7 +7,8 @@ import json
 import typing
 from typing import Any
 
-from dpo_train.config import RunConfig, section_type
+from dpo_train.config import RunConfig
+from dpo_train.decoding import section_type
 
 _HEAD = """\
 # Config of dpo. A line such as "#beta: 0.1" shows a default: remove its "#" to change it.

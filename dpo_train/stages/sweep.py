@@ -77,7 +77,7 @@ def _run_trials(
     # Of a trial only its end counts: validation pairs are measured once.
     section = dataclasses.replace(config.train, max_steps=steps, evaluate_steps=NEVER)
     trial_config = dataclasses.replace(config, train=section)
-    outputs = {beta: folder / "trials" / f"beta-{beta:g}" for beta in betas}
+    outputs = {beta: folder / "trials" / f"beta-{beta!r}" for beta in betas}
     reporter = Reporter.from_environment("sweep")
     calls = [
         functools.partial(_train_trial, trial_config, scored, beta, outputs[beta], reporter, index, len(betas))

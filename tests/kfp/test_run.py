@@ -155,6 +155,18 @@ def test_other_betas_rerun_only_what_depends_on_them(first: Finished, config_fil
     assert "tiny version 2" in other.output
 
 
+def test_other_swept_betas_rerun_the_sweep_and_what_follows_from_its_choice(first: Finished, config_file: Path) -> None:
+    """Another list of betas is another sweep; training and what follows are redone only if it chooses another beta."""
+    other = dpo("run", str(config_file), "sweep.betas=[0.7, 0.1]", "compute.executor=local", store=first.store)
+
+    assert other.code == 0, other.output
+    made = {stage for stage, end in other.ends().items() if not end["reused"]}
+    same = other.record("sweep")["details"]["beta"] == first.record("sweep")["details"]["beta"]
+    assert made == ({"sweep"} if same else {"sweep", "train", "evaluate", "register"})
+    trials = sorted(path.name for path in (Path(other.ends()["sweep"]["path"]) / "trials").iterdir())
+    assert trials == ["beta-0.1", "beta-0.7"]
+
+
 def test_shuffled_labels_exit_1_and_register_nothing(tmp_path: Path) -> None:
     """With random labels there is nothing to learn: the command says so and exits 1."""
     write_pairs(tmp_path / "pairs.jsonl", shuffle_labels=True)

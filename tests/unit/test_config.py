@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,13 +13,10 @@ from hypothesis import strategies as st
 from dpo_train.config import (
     LoraConfig,
     RunConfig,
-    known_keys,
     load_config,
     parse_config,
-    section_type,
     to_dict,
     to_text,
-    walk_options,
 )
 from dpo_train.errors import ConfigError
 from tests.tiny import tiny_config
@@ -240,21 +236,6 @@ def test_dict_form_is_plain_json() -> None:
     tree = to_dict(_parse("sweep: {betas: [0.1]}"))
     assert tree["sweep"]["betas"] == [0.1]
     assert json.loads(json.dumps(tree)) == tree
-
-
-def test_every_option_is_listed_with_its_help() -> None:
-    """`dpo init` and the documentation are written from these; an option without help would be left unexplained."""
-    options = dict(walk_options())
-    assert list(options) == known_keys()
-    assert {"train", "train.lora", "train.lora.rank", "evaluate.gate.min_margin"} <= set(options)
-    assert [key for key, item in options.items() if not item.metadata.get("help")] == []
-    assert len(options) == len(set(options))
-
-
-def test_section_type_finds_the_dataclass_behind_a_field() -> None:
-    """Through `| None`, and None for plain values."""
-    hints: dict[Any, type | None] = {LoraConfig: LoraConfig, LoraConfig | None: LoraConfig, int: None, str | None: None}
-    assert {hint: section_type(hint) for hint in hints} == hints
 
 
 def test_tiny_config_takes_overrides_by_dot_or_underscores(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import yaml
 
 from dpo_train.cli import main, templates
 from dpo_train.cli.parser import STAGE_HELP, build_parser
-from dpo_train.config import load_config, parse_config, walk_options
+from dpo_train.config import RunConfig, load_config, parse_config
+from dpo_train.decoding import walk_options
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,7 +64,7 @@ def test_every_line_of_init_can_be_switched_on() -> None:
 
 def test_every_option_has_a_help_text() -> None:
     """What `dpo init` and the reference show is never empty."""
-    assert [key for key, item in walk_options() if not item.metadata.get("help")] == []
+    assert [key for key, item in walk_options(RunConfig) if not item.metadata.get("help")] == []
 
 
 def test_config_reference_is_fresh() -> None:
