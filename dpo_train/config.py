@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict, Field
 
+from dpo_train import objective
 from dpo_train.decoding import apply_override, decode, parse_yaml
 from dpo_train.errors import ConfigError
 
@@ -38,6 +39,12 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 ModelName = Annotated[str, Field(pattern=r"^[^/:'\"]+$")]
 # MLflow keeps "latest" and v1, v2, ... for itself.
 Alias = Annotated[str, AfterValidator(check_alias)]
+
+# The names of RULES in objective.py, which a test compares; a type has to spell them out.
+Loss = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "orpo", "unlikelihood",
+]  # fmt: skip
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -105,10 +112,28 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
 
-    loss: Literal["sigmoid", "hinge", "ipo"] = option("sigmoid", "preference loss (see dpo_train/core/loss.py)")
+    loss: Loss | Annotated[dict[Loss, Positive], Len(1)] = option(
+        "sigmoid", "preference loss (docs/losses.md), or several with their weights: {sigmoid: 1.0, sft: 0.1}"
+    )
     beta: Positive = option(0.1, "strength of the pull towards the reference; a sweep overrides it")
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = option(
-        0.0, "assumed share of wrong labels (cDPO); sigmoid only"
+        0.0, "assumed share of wrong labels; with sigmoid it is cDPO, with robust rDPO"
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = option(
+        "reverse_kl", "between policy and reference (f-DPO, arXiv 2309.16240)"
+    )
+    divergence_alpha: Annotated[float, Ge(0), Le(1)] = option(
+        0.5, "of the alpha divergence: at 1 the reverse KL, at 0 the forward KL"
+    )
+    ld_alpha: Annotated[float, Ge(0), Le(1)] | None = option(
+        None, "weight of answer tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411); null: 1"
+    )
+    wpo: bool = option(False, "weight pairs by how likely the policy is to give them (WPO, arXiv 2406.11827)")
+    simpo_margin: Annotated[float, Ge(0)] = option(0.5, "simpo's gamma: mean log-prob that chosen must lie ahead by")
+    discopop_tau: Positive = option(0.05, "discopop's temperature")
+    unlikelihood_alpha: Annotated[float, Ge(0)] = option(1.0, "unlikelihood's weight of the rejected answer")
+    router_aux_loss: Annotated[float, Ge(0)] | None = option(
+        None, "weight of a mixture of experts' balancing loss; null: the model's own"
     )
     learning_rate: Positive = option(5e-7, "peak learning rate; about 1e-6 for full fine-tuning, 1e-4 for LoRA")
     optimizer: Literal["adamw", "rmsprop"] = option("adamw", "rmsprop is the DPO paper's")
@@ -261,9 +286,6 @@ def _check(config: RunConfig, origin: str) -> None:
     prepare, train = config.prepare, config.train
     too_few = prepare.max_heldout_pairs is not None and prepare.max_heldout_pairs < config.evaluate.min_heldout_pairs
     wrong = {
-        f"train.label_smoothing has no meaning with the {train.loss} loss": (
-            train.label_smoothing and train.loss != "sigmoid"
-        ),
         "train.weight_decay has no meaning with rmsprop": train.weight_decay and train.optimizer != "adamw",
         "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not prepare.heldout_fraction,
         "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
@@ -275,8 +297,19 @@ def _check(config: RunConfig, origin: str) -> None:
         ),
         "store and prepare.path must be local paths so far": "://" in config.store or "://" in prepare.path,
     }
-    if mistakes := [text for text, is_so in wrong.items() if is_so]:
-        raise ConfigError(f"{origin} contradicts itself: {'; '.join(mistakes)}")
+    found = [f"train: {text}" for text in _objective_mistakes(train)] + [text for text, is_so in wrong.items() if is_so]
+    if found:
+        raise ConfigError(f"{origin} contradicts itself: {'; '.join(found)}")
+
+
+def _objective_mistakes(train: TrainConfig) -> list[str]:
+    return objective.mistakes(
+        train.loss,
+        label_smoothing=train.label_smoothing,
+        divergence=train.divergence,
+        ld_alpha=train.ld_alpha,
+        wpo=train.wpo,
+    )
 
 
 def _absolute(config: RunConfig) -> RunConfig:

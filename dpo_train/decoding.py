@@ -119,7 +119,7 @@ def decode(tree: dict[str, Any], kind: type[Decoded], origin: str) -> Decoded:
 
 
 def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
-    """One problem per key: a union reports every branch that failed, of which the first says enough."""
+    """One problem per key: of the branches of a union that failed, the first or the deepest says enough."""
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for problem in error.errors(include_url=False):
         *sections, last = problem["loc"]
@@ -128,7 +128,7 @@ def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
         if problem["type"] == "unexpected_keyword_argument" or not (isinstance(last, str) and _is_union_tag(last)):
             path = (*path, last)
         seen.setdefault(path, {**problem, "loc": path})
-    return list(seen.values())
+    return [problem for path, problem in seen.items() if not any(p[:-1] == path for p in seen if p)]
 
 
 def _is_union_tag(part: str) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dpo_train.config import LoraConfig, ModelConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.errors import ModelError, first_line
+from dpo_train.model.layout import Layout, layout_of
 
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
@@ -41,6 +43,11 @@ class Policy:
     def lm_head(self) -> nn.Linear:
         head: nn.Linear = self.model.get_output_embeddings()
         return head
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which masks its layers take, and how it makes logits."""
+        return layout_of(self.model, self.folder)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name; fp32 always (see docs/architecture.md, decision 5)."""
@@ -110,7 +117,7 @@ def load_policy(
     # also when they are measured: what is evaluated is what gets registered.
     dtype = torch.bfloat16 if device.type == "cuda" and not whole else torch.float32
     model = _load_base(folder, config, dtype).to(device)
-    _refuse_unmaskable(model, folder)
+    layout_of(model, folder)  # refuses what cannot be masked
     adapters = None
     if weights is not None and (weights / ADAPTER_FOLDER).is_dir():
         adapters = _load_adapter(model, weights / ADAPTER_FOLDER)
@@ -163,22 +170,11 @@ def _load_base(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
     except Exception as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
-
-
-def _refuse_unmaskable(model: Any, folder: Path) -> None:
-    """A mask of ours replaces a model's own sliding window; that is only right while no answer is longer than it."""
-    if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
-        raise ModelError(
-            f"The model in {folder} uses sliding-window attention, which packed rows do not support yet",
-            got=f"sliding_window={model.config.sliding_window}",
-            expected="full attention, as in Llama, Qwen 2 and 3, SmolLM, OLMo 2, GPT-2 or GPT-NeoX",
-        )
 
 
 def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:

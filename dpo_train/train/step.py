@@ -1,21 +1,26 @@
-"""One optimiser step, and the same sums without an update for evaluation. No input or output."""
+"""One optimiser step, and the same sums without an update for evaluation. No input or output.
+
+P: pairs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_train.config import TrainConfig
-from dpo_train.core.loss import preference_loss
-from dpo_train.core.metrics import NAMES, pair_sums
-from dpo_train.data.batches import rank_rows
+from dpo_train.core.loss import PreferenceLoss
+from dpo_train.core.metrics import NAMES
+from dpo_train.core.router import RouterSums, aux_loss
 from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import NonFiniteLossError
 from dpo_train.model.load import Policy
-from dpo_train.model.score import build_row, reference_logps, row_logps
+from dpo_train.objective import is_over_batch
+from dpo_train.train.measure import Measured, measure_all, measure_row, rows_of_rank
 from dpo_train.train.ranks import Ranks
 
 
@@ -24,6 +29,8 @@ class StepResult(NamedTuple):
 
     sums: Tensor
     grad_norm: float
+    aux_loss: float | None
+    """Of a mixture of experts, before its coefficient."""
 
 
 def train_step(
@@ -42,14 +49,15 @@ def train_step(
     are summed over rows and ranks, so that neither the number of ranks nor the packing changes the step.
 
     Raises:
-        NonFiniteLossError: some row's loss is NaN or infinite; nothing was updated.
+        NonFiniteLossError: some pair's loss is NaN or infinite; nothing was updated.
     """
     parameters = list(policy.trainable().values())
     optimizer.zero_grad(set_to_none=True)
+    ahead = _look_ahead(policy, pairs, config, ranks)
     sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=policy.device)
-    for row_pairs in _rows_of_rank(pairs, config.row_tokens, ranks):
-        losses, row_sums = _row_loss(policy, row_pairs, config)
-        torch.autograd.backward(losses / len(pairs))
+    for indices in rows_of_rank(pairs, config.row_tokens, ranks):
+        row_loss, row_sums = _row_loss(policy, pairs, indices, config, ahead)
+        torch.autograd.backward(row_loss / len(pairs))
         sums += row_sums
     ranks.sum(sums)
     if not bool(torch.isfinite(sums[0])):
@@ -65,46 +73,78 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    return StepResult(sums, float(grad_norm))
+    return StepResult(sums, float(grad_norm), None if ahead.router is None else float(aux_loss(*ahead.router)))
 
 
 @torch.no_grad()
 def evaluate_pairs(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks) -> Tensor:
     """Sums over all pairs and ranks, without an update."""
-    sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=policy.device)
-    for row_pairs in _rows_of_rank(pairs, config.row_tokens, ranks):
-        sums += _row_loss(policy, row_pairs, config)[1]
-    return ranks.sum(sums)
+    measured, _ = measure_all(policy, pairs, config, ranks)
+    return measured.sums(measured.loss(config), config)
 
 
-def _rows_of_rank(pairs: Sequence[TokenPair], row_tokens: int, ranks: Ranks) -> list[list[TokenPair]]:
-    rows = rank_rows([pair.num_tokens for pair in pairs], row_tokens, ranks.world_size)[ranks.rank]
-    return [[pairs[index] for index in row] for row in rows]
+@dataclass(frozen=True)
+class _Ahead:
+    """What must be known of the whole step before any row's gradient can be computed."""
+
+    losses_P: Tensor | None = None
+    slopes_P2: Tensor | None = None
+    """Derivative of the batch's summed loss by each answer's log-prob."""
+    router: RouterSums | None = None
+    aux_coef: float = 0.0
 
 
-def _row_loss(policy: Policy, row_pairs: Sequence[TokenPair], config: TrainConfig) -> tuple[Tensor, Tensor]:
-    logps = row_logps(policy, build_row(row_pairs))
-    reference_chosen_P, reference_rejected_P = (part.to(policy.device) for part in reference_logps(row_pairs))
-    result = preference_loss(
-        logps.chosen_P,
-        logps.rejected_P,
-        reference_chosen_P,
-        reference_rejected_P,
-        kind=config.loss,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-    )
-    return result.losses_P.sum(), pair_sums(result, logps.chosen_P, logps.rejected_P, config.beta)
+def _look_ahead(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks) -> _Ahead:
+    """A first pass without gradients, where pairs or tokens of other rows and ranks decide about a row's gradient.
+
+    Rows may then be done one by one, as for any other loss: memory does not grow with the batch, time by a third.
+    """
+    experts = policy.layout.experts
+    aux_coef = 0.0
+    if experts is not None:
+        aux_coef = experts.aux_loss_coef if config.router_aux_loss is None else config.router_aux_loss
+    over_batch = is_over_batch(config.loss)
+    if not over_batch and not aux_coef:
+        return _Ahead()
+    measured, router = measure_all(policy, pairs, config, ranks, with_router=bool(aux_coef))
+    if not over_batch:
+        return _Ahead(router=router, aux_coef=aux_coef)
+    with torch.enable_grad():
+        leaves = [logps_P.detach().requires_grad_() for logps_P in measured[:2]]
+        result = measured._replace(chosen_logps_P=leaves[0], rejected_logps_P=leaves[1]).loss(config)
+        slopes = torch.autograd.grad(result.losses_P.sum(), leaves)
+    return _Ahead(result.losses_P.detach(), torch.stack(slopes, dim=1), router, aux_coef)
+
+
+def _row_loss(
+    policy: Policy, pairs: Sequence[TokenPair], indices: list[int], config: TrainConfig, ahead: _Ahead
+) -> tuple[Tensor, Tensor]:
+    """A scalar with the row's share of the gradient of (batch size x loss), and the row's metrics."""
+    row_pairs = [pairs[index] for index in indices]
+    measured, router = measure_row(policy, row_pairs, config, with_router=ahead.router is not None)
+    if ahead.slopes_P2 is None or ahead.losses_P is None:
+        result = measured.loss(config)
+        loss = result.losses_P.sum()
+    else:
+        rewards = [config.beta * (measured[side] - measured[2 + side]).detach() for side in (0, 1)]
+        result = PreferenceLoss(ahead.losses_P[indices], *rewards)
+        slopes_P2 = ahead.slopes_P2[indices]
+        loss = (slopes_P2[:, 0] * measured.chosen_logps_P + slopes_P2[:, 1] * measured.rejected_logps_P).sum()
+    if ahead.router is not None and router is not None:
+        # The coefficient's term is no mean over pairs: it is scaled as the caller will divide.
+        share = aux_loss(ahead.router.chosen_E, router.probability_E, ahead.router.total)
+        loss = loss + len(pairs) * ahead.aux_coef * share
+    return loss, measured.sums(result, config)
 
 
 @torch.no_grad()
 def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks, step: int) -> None:
-    """Finds the culprits by scoring this rank's rows pair by pair; only runs when a step has already failed."""
+    """Finds the culprits pair by pair; only runs when a step has already failed."""
     bad = [
-        pair.pair_id
-        for row in _rows_of_rank(pairs, config.row_tokens, ranks)
-        for pair in row
-        if not bool(torch.isfinite(_row_loss(policy, [pair], config)[0]))
+        pairs[index].pair_id
+        for row in rows_of_rank(pairs, config.row_tokens, ranks)
+        for index in row
+        if not _is_finite(measure_row(policy, [pairs[index]], config)[0], config)
     ]
     found = [f"{pair_id} (rank {rank})" for rank, ids in enumerate(ranks.gather(bad)) for pair_id in ids]
     raise NonFiniteLossError(
@@ -112,3 +152,7 @@ def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainC
         got=f"pairs {', '.join(found)}" if found else "finite losses when the pairs are scored one by one",
         fix="lower train.learning_rate, or look at these pairs",
     )
+
+
+def _is_finite(measured: Measured, config: TrainConfig) -> bool:
+    return bool(torch.isfinite(measured.loss(config).losses_P).all())

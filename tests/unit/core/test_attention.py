@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpo_train.core.attention import CHOSEN, PROMPT, REJECTED, shared_prompt_mask
+from dpo_train.core.attention import CHOSEN, PROMPT, REJECTED, additive, shared_prompt_mask
 
 
 def _mask(pairs: list[int], parts: list[int]) -> list[str]:
@@ -58,3 +58,28 @@ def test_attention_over_a_row_is_finite() -> None:
     out = torch.nn.functional.scaled_dot_product_attention(states, states, states, attn_mask=mask)
     assert torch.isfinite(out).all()
     assert torch.allclose(out[0, 0, 3], states[0, 0, 3])
+
+
+def test_window_counts_positions_and_not_places() -> None:
+    """A window of 2 over prompt 2, chosen 2, rejected 2: the rejected answer's first token sees the prompt's last.
+
+    In places it stands 3 behind it; in its own sequence it comes right after.
+    """
+    pairs, parts, positions = [0] * 6, [PROMPT] * 2 + [CHOSEN] * 2 + [REJECTED] * 2, [0, 1, 2, 3, 2, 3]
+    mask = shared_prompt_mask(torch.tensor(pairs), torch.tensor(parts), torch.tensor(positions), window=2)
+    assert ["".join("x" if seen else "." for seen in query) for query in mask[0, 0].tolist()] == [
+        "x.....",
+        "xx....",
+        ".xx...",
+        "..xx..",
+        ".x..x.",
+        "....xx",
+    ]
+
+
+def test_additive_mask_gives_the_same_attention() -> None:
+    """0 where seen, the lowest number elsewhere: a softmax over the sum equals one over the seen keys."""
+    mask = shared_prompt_mask(torch.tensor([0, 0, 0, -1]), torch.tensor([PROMPT, CHOSEN, REJECTED, PROMPT]))
+    scores = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    added = torch.softmax(scores + additive(mask, torch.float32), dim=-1)
+    assert torch.allclose(added, torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_train.core.logprobs import CHUNK_TOKENS, token_logprobs
+from dpo_train.core.logprobs import CHUNK_TOKENS, LogitTransform, log_sum_squares, token_logprobs
 
 A, D, V = 23, 8, 50
 
@@ -25,8 +25,16 @@ def _inputs(tokens: int = A, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
     return hidden_AD, weight_VD, bias_V, targets_A, upstream_A
 
 
-def _fp64(hidden_AD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_A: Tensor) -> Tensor:
+def _fp64_logits(
+    hidden_AD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float = 1.0, cap: float | None = None
+) -> Tensor:
     logits_AV = hidden_AD @ weight_VD.T if bias_V is None else hidden_AD @ weight_VD.T + bias_V
+    logits_AV = logits_AV * scale
+    return logits_AV if cap is None else cap * torch.tanh(logits_AV / cap)
+
+
+def _fp64(hidden_AD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_A: Tensor, **transform: float) -> Tensor:
+    logits_AV = _fp64_logits(hidden_AD, weight_VD, bias_V, **transform)
     return torch.log_softmax(logits_AV, dim=-1).gather(1, targets_A[:, None]).squeeze(1)
 
 
@@ -53,6 +61,63 @@ def test_values_and_gradients_equal_fp64_log_softmax(chunk_tokens: int, with_bia
     _assert_close(got_A, wanted_A)
     for leaf, reference in list(zip(leaves, exact, strict=True))[: 3 if with_bias else 2]:
         _assert_close(leaf.grad, reference.grad)
+
+
+@pytest.mark.parametrize("transform", [{"cap": 2.0}, {"scale": 0.25}, {"scale": 0.5, "cap": 1.5}], ids=str)
+@pytest.mark.parametrize("chunk_tokens", [7, CHUNK_TOKENS])
+def test_capped_and_scaled_logits_equal_fp64(transform: dict[str, float], chunk_tokens: int) -> None:
+    """Gemma 2 bends its logits, Cohere scales them: forward, and backward by all three inputs."""
+    hidden_AD, weight_VD, bias_V, targets_A, upstream_A = _inputs()
+    leaves = [t.requires_grad_() for t in (hidden_AD, weight_VD, bias_V)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    got_A = token_logprobs(
+        leaves[0], leaves[1], targets_A, bias_V=leaves[2], transform=LogitTransform(**transform),
+        chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    wanted_A = _fp64(exact[0], exact[1], exact[2], targets_A, **transform)
+    got_A.backward(upstream_A)
+    wanted_A.backward(upstream_A.double())
+    plain_A = _fp64(exact[0], exact[1], exact[2], targets_A)
+    assert (plain_A - wanted_A).abs().max() > 0.1
+    _assert_close(got_A, wanted_A)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        _assert_close(leaf.grad, reference.grad)
+
+
+@pytest.mark.parametrize("transform", [{}, {"scale": 0.5, "cap": 1.5}], ids=str)
+def test_log_sum_of_squares_equals_fp64(transform: dict[str, float]) -> None:
+    """log of the sum over the vocabulary of p squared, for chunks that do not divide the tokens; no gradient."""
+    hidden_AD, weight_VD, bias_V, _, _ = _inputs()
+    wanted_A = torch.softmax(
+        _fp64_logits(hidden_AD.double(), weight_VD.double(), bias_V.double(), **transform), dim=-1
+    ).square().sum(-1).log()  # fmt: skip
+    got_A = log_sum_squares(
+        hidden_AD.requires_grad_(), weight_VD, bias_V=bias_V, transform=LogitTransform(**transform), chunk_tokens=7
+    )
+    _assert_close(got_A, wanted_A)
+    assert not got_A.requires_grad
+
+
+@pytest.mark.slow
+def test_compiled_path_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs run, compiled for this CPU: the same numbers, for chunks of two sizes and a cap."""
+    from dpo_train.core import logprobs
+
+    def run() -> list[Tensor]:
+        hidden_AD, weight_VD, bias_V, targets_A, upstream_A = _inputs()
+        leaves = [t.requires_grad_() for t in (hidden_AD, weight_VD, bias_V)]
+        got_A = token_logprobs(
+            leaves[0], leaves[1], targets_A, bias_V=leaves[2], transform=LogitTransform(cap=2.0), chunk_tokens=16
+        )
+        got_A.backward(upstream_A)
+        return [got_A.detach(), *(leaf.grad for leaf in leaves)]
+
+    plain = run()
+    used = []
+    monkeypatch.setattr(logprobs, "_on", lambda _, function: used.append(function) or logprobs.compiled(function))
+    for got, wanted in zip(run(), plain, strict=True):
+        _assert_close(got, wanted.double())
+    assert len(used) == 2
 
 
 def test_value_is_what_a_hand_computes() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import typing
 
 import pytest
 import torch
 
-from dpo_train.core.loss import LOSSES, PreferenceLoss, preference_loss
+from dpo_train.config import TrainConfig
+from dpo_train.core.loss import LOSSES, PreferenceLoss, plackett_luce_loss, preference_loss, wpo_weights
+from dpo_train.decoding import section_type
+from dpo_train.objective import RULES, is_over_batch, mistakes
 
 # Policy -10 and -12, reference -11 and -11: log-ratios +1 and -1, so h = 2. At beta 0.1 the logit is 0.2.
 LOGPS = (-10.0, -12.0, -11.0, -11.0)
@@ -17,6 +22,7 @@ def _loss(*logps: float, **options: object) -> tuple[PreferenceLoss, torch.Tenso
     chosen, rejected, reference_chosen, reference_rejected = (torch.tensor([x], dtype=torch.float64) for x in logps)
     chosen.requires_grad_()
     rejected.requires_grad_()
+    options = {"chosen_lengths_P": torch.ones(1), "rejected_lengths_P": torch.ones(1), **options}
     return preference_loss(chosen, rejected, reference_chosen, reference_rejected, **options), chosen, rejected
 
 
@@ -100,8 +106,12 @@ def test_loss_is_per_pair_and_not_reduced() -> None:
 def test_huge_ratios_stay_finite_in_fp32(kind: str, h: float) -> None:
     """No exp overflows: at h = -1e4 and beta 1 the DPO loss is 1e4 with slope -1."""
     chosen = torch.tensor([h], requires_grad=True)
-    zero = torch.zeros(1)
-    loss = preference_loss(chosen, zero, zero, zero, kind=kind, beta=1.0).losses_P
+    zero, one = torch.zeros(1), torch.ones(1)
+    smoothing = 0.1 if RULES[kind].smoothing == "required" else 0.0
+    loss = preference_loss(
+        chosen, zero, zero, zero, kind=kind, beta=1.0, label_smoothing=smoothing, chosen_lengths_P=one,
+        rejected_lengths_P=one,
+    ).losses_P  # fmt: skip
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert torch.isfinite(chosen.grad).all()
@@ -110,19 +120,143 @@ def test_huge_ratios_stay_finite_in_fp32(kind: str, h: float) -> None:
         assert chosen.grad.item() == pytest.approx(-1.0 if h < 0 else 0.0, abs=1e-6)
 
 
+# Mean log-probs per token: -10/2 = -5 and -12/4 = -3. Log odds of e^-5 and e^-3: -5 + 0.00676075 and -3 + 0.05106918
+LENGTHS = {"chosen_lengths_P": torch.tensor([2.0]), "rejected_lengths_P": torch.tensor([4.0])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "loss", "chosen_slope", "rejected_slope"),
+    [
+        # ratio +1 over 2 tokens, -1 over 4: mean h = 0.75; (0.75 - 5)^2, slopes 2 x -4.25 over 2 and 4 tokens
+        ("ipo", {}, 18.0625, -4.25, 2.125),
+        # ln(1 + e^-0.075); slope -0.1 x sigmoid(-0.075) = -0.0481258785 over the tokens
+        ("sigmoid_norm", {}, 0.6563501447, -0.0240629392, 0.0120314696),
+        # 10 / 2
+        ("sft", {}, 5.0, -0.5, 0.0),
+        # x = 2 (-5 + 3) - 0.5 = -4.5; ln(1 + e^4.5); slope -2 x sigmoid(4.5) = -1.9780261147
+        ("simpo", {"beta": 2.0, "simpo_margin": 0.5}, 4.5110478, -0.98901306, 0.49450653),
+        # 5 + 0.1 ln(1 + e^2.04430843); its slope has a test of its own
+        ("orpo", {}, 5.21660567, None, None),
+        # 10 - 0.5 x 12
+        ("unlikelihood", {"unlikelihood_alpha": 0.5}, 4.0, -1.0, 0.5),
+    ],
+)
+def test_losses_by_length_and_without_reference_are_the_closed_form(
+    kind: str, options: dict[str, float], loss: float, chosen_slope: float | None, rejected_slope: float | None
+) -> None:
+    """Worked by hand for answers of 2 and 4 tokens."""
+    result, chosen, rejected = _loss(*LOGPS, kind=kind, **LENGTHS, **options)
+    result.losses_P.sum().backward()
+    assert result.losses_P.item() == pytest.approx(loss, rel=1e-6)
+    if chosen_slope is not None:
+        assert chosen.grad.item() == pytest.approx(chosen_slope, rel=1e-6)
+        assert (0.0 if rejected.grad is None else rejected.grad.item()) == pytest.approx(rejected_slope, rel=1e-6)
+
+
+def test_orpo_slope_is_that_of_the_odds() -> None:
+    """d log odds / d logp = 1 / (1 - p): against a difference quotient."""
+    step = 1e-6
+    result, chosen, _ = _loss(*LOGPS, kind="orpo", **LENGTHS)
+    result.losses_P.sum().backward()
+    after = _loss(LOGPS[0] + step, *LOGPS[1:], kind="orpo", **LENGTHS)[0].losses_P.item()
+    assert chosen.grad.item() == pytest.approx((after - result.losses_P.item()) / step, rel=1e-4)
+
+
+def test_weighted_losses_add_up() -> None:
+    """0.8 x sigmoid + 0.2 x sft of the numbers above."""
+    result, _, _ = _loss(*LOGPS, kind={"sigmoid": 0.8, "sft": 0.2}, **LENGTHS)
+    assert result.losses_P.item() == pytest.approx(0.8 * 0.5981388693815918 + 0.2 * 5.0, rel=1e-12)
+
+
+def test_plackett_luce_is_the_probability_of_the_ranking() -> None:
+    """Rewards ln 3, ln 2, 0: the ranking has probability 3/6 x 2/3 x 1 = 1/3. Over all six rankings they sum to 1."""
+    rewards = [math.log(3), math.log(2), 0.0]
+    policy_PK = torch.tensor([rewards], dtype=torch.float64)
+    loss_P = plackett_luce_loss(policy_PK, torch.zeros(1, 3, dtype=torch.float64), beta=1.0)
+    assert loss_P.item() == pytest.approx(math.log(3), rel=1e-12)
+    orders = torch.tensor(list(itertools.permutations(rewards)), dtype=torch.float64)
+    assert torch.exp(-plackett_luce_loss(orders, torch.zeros_like(orders), beta=1.0)).sum().item() == pytest.approx(1.0)
+
+
+def test_plackett_luce_of_two_answers_is_dpo() -> None:
+    """The same value and slopes as sigmoid."""
+    result, chosen, rejected = _loss(*LOGPS)
+    result.losses_P.sum().backward()
+    policy_PK = torch.tensor([LOGPS[:2]], dtype=torch.float64, requires_grad=True)
+    loss_P = plackett_luce_loss(policy_PK, torch.tensor([LOGPS[2:]], dtype=torch.float64), beta=0.1)
+    loss_P.sum().backward()
+    assert loss_P.item() == pytest.approx(result.losses_P.item(), rel=1e-12)
+    assert policy_PK.grad[0].tolist() == pytest.approx([chosen.grad.item(), rejected.grad.item()], rel=1e-12)
+
+
+def test_wpo_weight_is_one_for_a_typical_token() -> None:
+    """log p = log sum p^2 at every token: weight 1; one nat below it over 2 tokens on one side: e^-1/2."""
+    lengths = (torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0]))
+    weights_P = wpo_weights(torch.tensor([0.0, -1.0]), torch.zeros(2), *lengths)
+    assert weights_P.tolist() == pytest.approx([1.0, math.exp(-0.5)], rel=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+def test_divergences_start_alike(divergence: str) -> None:
+    """Where policy and reference are one f' is f'(1) whatever f: the loss is ln 2 and its slope -beta / 2."""
+    result, chosen, _ = _loss(-7.0, -30.0, -7.0, -30.0, beta=0.4, divergence=divergence)
+    result.losses_P.sum().backward()
+    slope = 0.5 if divergence == "js" else 1.0  # f''(1) is 1/2 for Jensen-Shannon, 1 for the others
+    assert result.losses_P.item() == pytest.approx(math.log(2), rel=1e-12)
+    assert chosen.grad.item() == pytest.approx(-0.2 * slope, rel=1e-12)
+
+
+def test_alpha_divergence_lies_between_the_two_kl() -> None:
+    """At 1 it is the reverse KL, at 0 the forward KL, at 0.5 neither."""
+    losses = [_loss(*LOGPS, divergence="alpha", divergence_alpha=alpha)[0].losses_P.item() for alpha in (0.0, 0.5, 1.0)]
+    assert losses[0] == pytest.approx(_loss(*LOGPS, divergence="forward_kl")[0].losses_P.item(), rel=1e-12)
+    assert losses[2] == pytest.approx(_loss(*LOGPS)[0].losses_P.item(), rel=1e-12)
+    assert min(losses[0], losses[2]) < losses[1] < max(losses[0], losses[2])
+
+
+def test_config_names_every_loss() -> None:
+    """The type in the config, the rules and the equations have the same names."""
+    hint = typing.get_type_hints(TrainConfig)["loss"]
+    assert section_type(hint) is None
+    (names,) = [part for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal]
+    assert list(typing.get_args(names)) == list(RULES) == list(LOSSES)
+
+
+def test_losses_of_a_batch_are_known() -> None:
+    """Only these need the whole step's pairs; in a mixture one suffices."""
+    assert [name for name in RULES if is_over_batch(name)] == ["aot", "aot_unpaired"]
+    assert is_over_batch({"sigmoid": 1.0, "aot": 0.1})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "dpo"}, "unknown loss 'dpo'; known: sigmoid, hinge, ipo"),
+        ({"kind": "dpo"}, "unknown loss 'dpo'; known: sigmoid, robust, hinge, ipo"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"beta": float("nan")}, "beta must be positive"),
-        ({"label_smoothing": 0.5}, "label_smoothing 0.5"),
-        ({"label_smoothing": -0.1}, "label_smoothing -0.1"),
-        ({"label_smoothing": 0.1, "kind": "ipo"}, "not possible with the ipo loss"),
-        ({"label_smoothing": 0.1, "kind": "hinge"}, "not possible with the hinge loss"),
+        ({"beta": float("inf")}, "beta must be positive"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
+        ({"label_smoothing": -0.1}, "got -0.1"),
+        ({"label_smoothing": 0.1, "kind": "ipo"}, "label_smoothing has no meaning with the ipo loss"),
+        ({"label_smoothing": 0.1, "kind": {"hinge": 1.0, "ipo": 1.0}}, "no meaning with the hinge \\+ ipo loss"),
+        ({"kind": "exo_pair"}, "exo_pair loss needs a label_smoothing above 0"),
+        ({"kind": {}}, "no loss is named"),
+        ({"kind": {"sigmoid": 0.0}}, "the weight of sigmoid must be positive"),
+        ({"divergence": "kl"}, "unknown divergence 'kl'; known: reverse_kl"),
+        ({"divergence": "js", "kind": "apo_zero"}, "js divergence has no meaning with the apo_zero loss"),
+        ({"divergence": "js", "kind": "sft"}, "no meaning with the sft loss alone"),
+        ({"kind": "aot", "weights_P": torch.ones(1)}, "wpo has no meaning with the aot loss"),
+        ({"kind": "ipo", "chosen_lengths_P": None}, "the ipo loss needs chosen_lengths_P"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
     """An option that would be ignored or divide by zero is an error."""
     with pytest.raises(ValueError, match=message):
         _loss(*LOGPS, **options)
+
+
+def test_length_desensitisation_needs_a_log_ratio() -> None:
+    """ld_alpha is applied before the loss sees its log-probs, so it is refused with the config."""
+    assert mistakes("sigmoid", ld_alpha=0.5) == []
+    (found,) = mistakes({"sigmoid": 1.0, "sft": 0.1}, ld_alpha=0.5)
+    assert "ld_alpha has no meaning with the sft loss" in found

@@ -21,7 +21,8 @@ from dpo_train.model.load import (
     parameter_state,
     save_policy,
 )
-from dpo_train.model.score import build_row, check_layout, row_logps
+from dpo_train.model.rows import build_row
+from dpo_train.model.score import check_layout, row_logps
 from tests.tiny import random_pairs, tiny_policy
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
@@ -177,7 +178,7 @@ def test_dropout_stays_off_while_training(tmp_path: Path) -> None:
 def test_every_family_trains_with_adapters_on_all_linear_modules(tmp_path: Path, family: str) -> None:
     """ "all-linear" finds modules in each, GPT-2's convolutions included, and each second factor gets a gradient."""
     policy = _load(write(tmp_path, FAMILIES[family]), lora=LoraConfig(rank=2), trainable=True)
-    row_logps(policy, build_row(random_pairs(3, vocabulary=VOCABULARY))).chosen_P.sum().backward()
+    row_logps(policy, build_row(random_pairs(3, vocabulary=VOCABULARY))).token_logps_A.sum().backward()
     second = {name: p for name, p in policy.trainable().items() if "lora_B" in name}
     assert len(second) >= 2 * 4
     assert all(p.grad.norm() > 0 for p in second.values())
@@ -203,25 +204,37 @@ def test_adapter_on_an_embedding_that_is_also_the_vocabulary_matrix_is_refused(t
         _load(folder, lora=LoraConfig(target_modules=("q_proj", "embed_tokens")), trainable=True)
 
 
-def _mistral() -> Any:
-    from transformers import MistralConfig, MistralForCausalLM
+def _gpt_neo() -> Any:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    return MistralForCausalLM(config)
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            window_size=8, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
 
 
-def test_sliding_window_is_refused_by_name(tmp_path: Path) -> None:
-    """Our mask would replace the window without a word."""
-    with pytest.raises(ModelError, match="sliding_window=8"):
-        _load(write(tmp_path, _mistral))
+def test_attention_that_our_mask_would_replace_is_refused_by_name(tmp_path: Path) -> None:
+    """GPT-Neo's local layers have a window of their own kind, which a mask of ours would widen without a word."""
+    with pytest.raises(
+        ModelError, match=r"GPTNeoForCausalLM\) cannot be trained in packed rows\. Got: attention_types"
+    ):
+        _load(write(tmp_path, _gpt_neo))
+
+
+def test_layers_that_are_no_attention_are_refused_by_name(tmp_path: Path) -> None:
+    """A linear-attention layer reads the whole row in order, whatever the mask says."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="layers of type linear_attention"):
+        _load(write(tmp_path, lambda: Qwen3NextForCausalLM(config)))
 
 
 def test_folder_that_holds_no_causal_model_is_refused(tmp_path: Path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_train.core.logprobs import LogitTransform
 from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import ModelError
 from dpo_train.model.load import Policy
-from dpo_train.model.score import build_row, check_layout, reference_logps, row_logps, score_pairs
+from dpo_train.model.rows import build_row
+from dpo_train.model.score import check_layout, row_logps, score_pairs
 from tests.tiny import random_pairs, tiny_policy
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
@@ -47,8 +48,8 @@ def _plain(policy: Policy, prompt_ids: Any, answer_ids: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _packed(policy: Policy, pairs: Sequence[TokenPair]) -> list[tuple[float, float]]:
-    result = row_logps(policy, build_row(pairs))
-    return list(zip(result.chosen_P.tolist(), result.rejected_P.tolist(), strict=True))
+    row = build_row(pairs)
+    return [(chosen, rejected) for chosen, rejected in row.answer_sums(row_logps(policy, row).token_logps_A).tolist()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +129,7 @@ def test_row_is_laid_out_as_worked_by_hand() -> None:
     assert row.source_A.tolist() == [1, 2, 1, 5, 5, 7]
     assert row.pair_A.tolist() == [0, 0, 0, 1, 1, 1]
     assert row.part_A.tolist() == [1, 1, 2, 1, 2, 2]
+    assert row.place_A.tolist() == [0, 1, 0, 0, 0, 1]
     assert row.num_pairs == 2
 
 
@@ -148,52 +150,32 @@ def test_stored_reference_sums_to_the_row_sums(llama: Policy) -> None:
         replace(pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
         for pair, (chosen, rejected) in zip(PAIRS, score_pairs(llama, PAIRS, 64), strict=True)
     ]
-    chosen_P, rejected_P = reference_logps(scored)
-    packed = _packed(llama, PAIRS)
-    assert chosen_P.tolist() == pytest.approx([sums[0] for sums in packed], rel=1e-6)
-    assert rejected_P.tolist() == pytest.approx([sums[1] for sums in packed], rel=1e-6)
+    row = build_row(scored)
+    assert row.reference_A is not None
+    sums = row.answer_sums(row.reference_A).tolist()
+    for wanted, got in zip(_packed(llama, PAIRS), sums, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-6)
 
 
-def test_gradient_of_a_packed_row_equals_the_plain_one(tmp_path: Path) -> None:
-    """By every weight, 1e-5 relative: what is trained is what plain sequences would train."""
-    policy = tiny_policy(write(tmp_path, FAMILIES["llama"]), lora=False)
-    result = row_logps(policy, build_row(PAIRS))
-    (result.chosen_P.sum() - 0.5 * result.rejected_P.sum()).backward()
-    packed = {name: p.grad.clone() for name, p in policy.trainable().items()}
-    policy.model.zero_grad()
-    for pair in PAIRS:
-        for answer_ids, factor in ((pair.chosen_ids, 1.0), (pair.rejected_ids, -0.5)):
-            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, answer_ids])).long()
-            logps = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0, :-1], dim=-1)
-            (factor * logps.gather(1, ids[1:, None])[len(pair.prompt_ids) - 1 :].sum()).backward()
-    for name, parameter in policy.trainable().items():
-        assert parameter.grad.norm() > 0, name
-        assert (packed[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
-
-
-def _scaled_logits() -> Any:
-    from transformers import CohereConfig, CohereForCausalLM
-
-    return CohereForCausalLM(
-        CohereConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            logit_scale=0.25,
-            initializer_range=0.15,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def test_layout_check_refuses_a_model_whose_logits_are_scaled(tmp_path: Path) -> None:
-    """Cohere multiplies its logits by a constant that hidden states times the vocabulary matrix do not show."""
+def test_layout_check_refuses_logits_that_are_made_otherwise(policies: dict[str, Policy]) -> None:
+    """Cohere multiplies its logits by a constant; a layout that did not know it is caught by the numbers."""
+    policy = policies["cohere"]
+    unaware = Policy(model=policy.model, adapters=None, folder=policy.folder, device=policy.device)
+    unaware.__dict__["layout"] = replace(policy.layout, transform=LogitTransform())
     with pytest.raises(ModelError, match="cannot be trained in packed rows"):
-        check_layout(tiny_policy(write(tmp_path, _scaled_logits), lora=False, trainable=False))
+        check_layout(unaware)
+
+
+def test_layout_check_refuses_a_decoder_that_takes_no_mask(llama: Policy) -> None:
+    """A state-space model's forward, say, raises on arguments that it does not know: refused by name, no traceback."""
+
+    class NoMask(Policy):
+        @property
+        def decoder(self) -> Any:
+            return lambda input_ids: None
+
+    with pytest.raises(ModelError, match=r"cannot be trained in packed rows\. Got: TypeError"):
+        check_layout(NoMask(model=llama.model, adapters=None, folder=llama.folder, device=llama.device))
 
 
 def test_layout_check_refuses_a_model_that_ignores_positions_and_mask(llama: Policy) -> None:

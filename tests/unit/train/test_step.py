@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from dpo_train.core.metrics import means
 from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import NonFiniteLossError
 from dpo_train.model.load import Policy, parameter_state
+from dpo_train.model.rows import build_row
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import StepResult, evaluate_pairs, train_step
 from tests.tiny import random_pairs, tiny_policy, with_reference
+from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
 # beta 1 and no clipping to speak of, so that gradients are as they were computed.
 CONFIG = TrainConfig(beta=1.0, row_tokens=64, max_grad_norm=1e9)
@@ -28,6 +31,16 @@ CONFIG = TrainConfig(beta=1.0, row_tokens=64, max_grad_norm=1e9)
 def pairs(model_folder: Path) -> list[TokenPair]:
     """Seven pairs with the base's log-probs as reference."""
     return with_reference(tiny_policy(model_folder, lora=False, trainable=False), random_pairs(7))
+
+
+@pytest.fixture(scope="module")
+def reordered(pairs: list[TokenPair]) -> list[TokenPair]:
+    """The same with a reference that ranks the pairs' differences otherwise than the policy does."""
+    shifts = [30.0, -50.0, 80.0, -20.0, 0.0, -90.0, 60.0]
+    return [
+        replace(pair, reference_chosen_logps=pair.reference_chosen_logps + np.float32(shift / len(pair.chosen_ids)))
+        for pair, shift in zip(pairs, shifts, strict=True)
+    ]
 
 
 def _moved(folder: Path) -> Policy:
@@ -46,7 +59,8 @@ def _step(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig = CONF
 
 
 def _gradient(policy: Policy) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+    parameters = policy.trainable().values()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
 def _plain_loss(policy: Policy, pairs: Sequence[TokenPair]) -> torch.Tensor:
@@ -98,6 +112,87 @@ def test_micro_batches_of_any_size_give_the_same_step(model_folder: Path, pairs:
         assert means(result.sums)["loss"] == pytest.approx(loss, rel=1e-5)
         assert result.sums[-1] == len(pairs)
         assert (_gradient(policy) - _gradient(whole)).norm() <= 1e-5 * _gradient(whole).norm()
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "aot": {"loss": "aot"},
+    "aot_unpaired": {"loss": "aot_unpaired", "label_smoothing": 0.1},
+    "mixed with aot": {"loss": {"sigmoid": 1.0, "aot": 0.5, "sft": 0.1}},
+    "by length": {"loss": "sigmoid_norm"},
+    "wpo": {"wpo": True},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "divergence": {"divergence": "js"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_the_same_in_any_rows(
+    model_folder: Path, reordered: list[TokenPair], objective: str
+) -> None:
+    """Losses over the batch look at all of the step's pairs, whichever row they stand in."""
+    config = replace(CONFIG, beta=0.02, **OBJECTIVES[objective])
+    plain, whole = _moved(model_folder), _moved(model_folder)
+    plain_sums = _step(plain, reordered, replace(CONFIG, beta=0.02)).sums
+    wanted = _step(whole, reordered, replace(config, row_tokens=10_000)).sums
+    assert (_gradient(plain) - _gradient(whole)).norm() > 1e-2 * _gradient(whole).norm()
+    assert abs(plain_sums[0] - wanted[0]) > 1e-3 * abs(wanted[0])
+    for row_tokens in (1, 30):
+        policy = _moved(model_folder)
+        sums = _step(policy, reordered, replace(config, row_tokens=row_tokens)).sums
+        assert sums.tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-6)
+        assert (_gradient(policy) - _gradient(whole)).norm() <= 1e-5 * _gradient(whole).norm()
+        evaluated = evaluate_pairs(policy, reordered, replace(config, row_tokens=row_tokens), Ranks())
+        assert evaluated.tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-6)
+
+
+def test_loss_over_the_batch_is_that_of_one_autograd_graph(model_folder: Path, reordered: list[TokenPair]) -> None:
+    """Two passes in rows of one pair against a single backward through the paper's formula over all pairs."""
+    config = replace(CONFIG, beta=0.02, loss="aot", row_tokens=1)
+    policy = _moved(model_folder)
+    loss = means(_step(policy, reordered, config).sums)["loss"]
+    two_passes = _gradient(policy)
+    policy.model.zero_grad()
+    sides = []
+    for name in ("chosen", "rejected"):
+        logps, reference = [], []
+        for pair in reordered:
+            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, getattr(pair, f"{name}_ids")])).long()
+            logps_T = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0, :-1], dim=-1)
+            logps.append(logps_T.gather(1, ids[1:, None])[len(pair.prompt_ids) - 1 :].sum())
+            reference.append(float(np.sum(getattr(pair, f"reference_{name}_logps"), dtype=np.float64)))
+        sides.append((torch.stack(logps), torch.tensor(reference)))
+    difference = (sides[0][0] - sides[1][0]).sort().values - (sides[0][1] - sides[1][1]).sort().values
+    wanted = -torch.nn.functional.logsigmoid(config.beta * difference).mean()
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+    assert (two_passes - _gradient(policy)).norm() <= 1e-5 * _gradient(policy).norm()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_router_loss_is_that_of_all_unique_tokens_in_any_rows(tmp_path: Path, family: str) -> None:
+    """Against transformers' own function over one row that holds every token once; its gradient on top of DPO's."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    folder = write(tmp_path, FAMILIES[family])
+    frozen = tiny_policy(folder, lora=False, trainable=False)
+    pairs = with_reference(frozen, random_pairs(5, vocabulary=VOCABULARY))
+    config = replace(CONFIG, row_tokens=10_000, router_aux_loss=0.5)
+    without, policy = tiny_policy(folder, lora=False), tiny_policy(folder, lora=False)
+    assert _step(without, pairs, replace(config, router_aux_loss=0.0)).aux_loss is None
+    row, experts = build_row(pairs), policy.layout.experts
+    assert experts is not None
+    logits = policy.decoder(
+        input_ids=row.input_ids_T[None], position_ids=row.positions_T[None], use_cache=False, output_router_logits=True,
+        attention_mask=policy.layout.masks(row.pair_T, row.part_T, row.positions_T),
+    ).router_logits  # fmt: skip
+    wanted = load_balancing_loss_func(logits, experts.num_experts, experts.top_k)
+    (0.5 * wanted).backward()
+    plain, expected = _gradient(without), _gradient(policy) + _gradient(without)
+    for row_tokens in (1, 40, 10_000):
+        result = _step(policy, pairs, replace(config, row_tokens=row_tokens))
+        assert result.aux_loss == pytest.approx(wanted.item(), rel=1e-5)
+        assert (_gradient(policy) - expected).norm() <= 1e-5 * expected.norm()
+    assert (expected - plain).norm() > 1e-3 * expected.norm()
 
 
 def test_every_pair_counts(model_folder: Path, pairs: list[TokenPair]) -> None:

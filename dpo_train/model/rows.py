@@ -1,0 +1,110 @@
+"""Pairs laid out in rows: prompt, chosen, rejected, prompt, ...
+
+T: tokens of a row, A: answer tokens of a row, P: pairs of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_train.core.attention import CHOSEN, PROMPT, REJECTED
+from dpo_train.data.pairs import TokenPair
+
+
+@dataclass(frozen=True)
+class Row:
+    """Several pairs in one run of tokens.
+
+    ``source_A`` is the place whose hidden state predicts answer token A: the token before it, and for the first token
+    of *both* answers the last token of the prompt.
+    """
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    pair_T: Tensor
+    part_T: Tensor
+    source_A: Tensor
+    target_A: Tensor
+    pair_A: Tensor
+    part_A: Tensor
+    place_A: Tensor
+    """Of the token within its answer, from 0."""
+    lengths_P2: Tensor
+    """Answer tokens of chosen and rejected."""
+    reference_A: Tensor | None
+    """The reference's log-prob of each answer token, once scored; float32."""
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.lengths_P2)
+
+    def to(self, device: torch.device) -> Row:
+        """The row on a device; copies do not wait for each other."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None})
+
+    def answer_sums(self, values_A: Tensor) -> Tensor:
+        """Sum over the tokens of each answer: [P, 2], chosen and rejected."""
+        answer_A = 2 * self.pair_A + (self.part_A == REJECTED)
+        return values_A.new_zeros(2 * self.num_pairs).index_add(0, answer_A, values_A).view(-1, 2)
+
+    def ld_weights(self, alpha: float) -> Tensor:
+        """LD-DPO's weight of each answer token (arXiv 2409.06411): 1 up to the shorter answer's length, then alpha."""
+        shared_A = self.lengths_P2.min(dim=1).values[self.pair_A]
+        return torch.where(self.place_A < shared_A, 1.0, alpha)
+
+
+def build_row(pairs: Sequence[TokenPair]) -> Row:
+    """Lays pairs out in one row, on the CPU."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "positions", "pair", "part")}
+    answers: dict[str, list[np.ndarray]] = {name: [] for name in ("source", "target", "pair", "part", "place")}
+    start = 0
+    for index, pair in enumerate(pairs):
+        prompt_length = len(pair.prompt_ids)
+        last_prompt_token = start + prompt_length - 1
+        for part, ids in ((PROMPT, pair.prompt_ids), (CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+            first_position = 0 if part == PROMPT else prompt_length
+            columns["ids"].append(ids)
+            columns["positions"].append(np.arange(first_position, first_position + len(ids)))
+            columns["pair"].append(np.full(len(ids), index))
+            columns["part"].append(np.full(len(ids), part))
+            if part != PROMPT:
+                source = np.arange(start - 1, start + len(ids) - 1)
+                source[0] = last_prompt_token
+                answers["source"].append(source)
+                answers["target"].append(ids)
+                answers["pair"].append(np.full(len(ids), index))
+                answers["part"].append(np.full(len(ids), part))
+                answers["place"].append(np.arange(len(ids)))
+            start += len(ids)
+    return Row(
+        input_ids_T=_tensor(columns["ids"]),
+        positions_T=_tensor(columns["positions"]),
+        pair_T=_tensor(columns["pair"]),
+        part_T=_tensor(columns["part"]),
+        source_A=_tensor(answers["source"]),
+        target_A=_tensor(answers["target"]),
+        pair_A=_tensor(answers["pair"]),
+        part_A=_tensor(answers["part"]),
+        place_A=_tensor(answers["place"]),
+        lengths_P2=torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
+        reference_A=_reference(pairs),
+    )
+
+
+def _reference(pairs: Sequence[TokenPair]) -> Tensor | None:
+    parts: list[np.ndarray] = []
+    for pair in pairs:
+        if pair.reference_chosen_logps is None or pair.reference_rejected_logps is None:
+            return None
+        parts += [pair.reference_chosen_logps, pair.reference_rejected_logps]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+
+def _tensor(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

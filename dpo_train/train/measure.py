@@ -1,0 +1,117 @@
+"""What a loss needs to know of pairs, row by row or for a whole batch over all ranks.
+
+P: pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_train.config import TrainConfig
+from dpo_train.core.loss import PreferenceLoss, preference_loss, wpo_weights
+from dpo_train.core.metrics import kl_per_token, pair_sums
+from dpo_train.core.router import RouterSums
+from dpo_train.data.batches import rank_rows
+from dpo_train.data.pairs import TokenPair
+from dpo_train.model.load import Policy
+from dpo_train.model.rows import Row, build_row
+from dpo_train.model.score import row_logps
+from dpo_train.train.ranks import Ranks
+
+
+class Measured(NamedTuple):
+    """Each a float tensor [P]; the policy's log-probs carry gradients if the policy does."""
+
+    chosen_logps_P: Tensor
+    rejected_logps_P: Tensor
+    reference_chosen_logps_P: Tensor
+    reference_rejected_logps_P: Tensor
+    chosen_lengths_P: Tensor
+    rejected_lengths_P: Tensor
+    weights_P: Tensor
+    kl_P: Tensor
+
+    def loss(self, config: TrainConfig) -> PreferenceLoss:
+        """The configured loss of these pairs. For a loss over a batch these must be all of the step's."""
+        return preference_loss(
+            self.chosen_logps_P,
+            self.rejected_logps_P,
+            self.reference_chosen_logps_P,
+            self.reference_rejected_logps_P,
+            kind=config.loss,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            chosen_lengths_P=self.chosen_lengths_P,
+            rejected_lengths_P=self.rejected_lengths_P,
+            weights_P=self.weights_P if config.wpo else None,
+            divergence=config.divergence,
+            divergence_alpha=config.divergence_alpha,
+            simpo_margin=config.simpo_margin,
+            discopop_tau=config.discopop_tau,
+            unlikelihood_alpha=config.unlikelihood_alpha,
+        )
+
+    def sums(self, result: PreferenceLoss, config: TrainConfig) -> Tensor:
+        """The pairs' metrics, added up (core/metrics.py)."""
+        return pair_sums(result, self.chosen_logps_P, self.rejected_logps_P, self.kl_P, config.beta)
+
+
+def rows_of_rank(pairs: Sequence[TokenPair], row_tokens: int, ranks: Ranks) -> list[list[int]]:
+    """This rank's rows of indices into ``pairs``."""
+    return rank_rows([pair.num_tokens for pair in pairs], row_tokens, ranks.world_size)[ranks.rank]
+
+
+def measure_row(
+    policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, *, with_router: bool = False
+) -> tuple[Measured, RouterSums | None]:
+    """One row of scored pairs."""
+    row = build_row(pairs).to(policy.device)
+    result = row_logps(policy, row, with_squares=config.wpo, with_router=with_router)
+    policy_A, reference_A = result.token_logps_A, row.reference_A
+    assert reference_A is not None, "pairs are scored before they are trained on"
+    kl_P = row.answer_sums(kl_per_token(policy_A, reference_A)).mean(dim=1)
+    lengths_P2 = row.lengths_P2.float()
+    weights_P = torch.ones_like(kl_P)
+    if result.log_sum_squares_A is not None:
+        aligned_P2 = row.answer_sums(policy_A.detach() - result.log_sum_squares_A)
+        weights_P = wpo_weights(*aligned_P2.unbind(1), *lengths_P2.unbind(1))
+    policy_P2, reference_P2 = (_answer_logps(row, values_A, config) for values_A in (policy_A, reference_A))
+    sides = (side_P for both_P2 in (policy_P2, reference_P2, lengths_P2) for side_P in both_P2.unbind(1))
+    return Measured._make((*sides, weights_P, kl_P)), result.router
+
+
+@torch.no_grad()
+def measure_all(
+    policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks, *, with_router: bool = False
+) -> tuple[Measured, RouterSums | None]:
+    """All pairs, on every rank, without gradients; the router's sums are those of all ranks."""
+    table = torch.zeros(len(pairs), len(Measured._fields), device=policy.device)
+    routers: list[RouterSums] = []
+    for indices in rows_of_rank(pairs, config.row_tokens, ranks):
+        measured, router = measure_row(policy, [pairs[i] for i in indices], config, with_router=with_router)
+        table[indices] = torch.stack(measured, dim=1)
+        routers += [router] if router is not None else []
+    # Every entry is zero on all ranks but one: the sum is exact.
+    ranks.sum(table)
+    router = _added(policy, routers, ranks) if with_router else None
+    return Measured(*table.unbind(1)), router
+
+
+def _answer_logps(row: Row, values_A: Tensor, config: TrainConfig) -> Tensor:
+    weighted_A = values_A if config.ld_alpha is None else values_A * row.ld_weights(config.ld_alpha)
+    return row.answer_sums(weighted_A)
+
+
+def _added(policy: Policy, routers: Sequence[RouterSums], ranks: Ranks) -> RouterSums | None:
+    experts = policy.layout.experts
+    if experts is None:
+        return None
+    zeros: list[Any] = [torch.zeros(size, device=policy.device) for size in (experts.num_experts,) * 2]
+    total = RouterSums(zeros[0], zeros[1], torch.zeros((), device=policy.device))
+    for router in routers:
+        total = RouterSums(*(mine + its for mine, its in zip(total, router, strict=True)))
+    return RouterSums(*(ranks.sum(part) for part in total))
