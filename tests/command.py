@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -61,8 +60,6 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         # A group of its own, as a shell gives it: signals to it do not reach the test.
         start_new_session=True,
-        # A shell's background job ignores Ctrl-C, and so would its children: the tests may run in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", "PYTHONUNBUFFERED": "", **environment},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -16,3 +17,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns at every fork otherwi
 settings.register_profile("repeatable", deadline=None, database=None, derandomize=True, max_examples=100)
 settings.register_profile("search", deadline=None, database=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
