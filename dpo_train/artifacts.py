@@ -288,20 +288,21 @@ def _check_claim(target: Path, claim: Mapping[str, Any]) -> None:
         raise StoreError(f"{file} is damaged", fix=f"remove {target} and run again")
     if found["digest"] == claim["digest"]:
         return
-    differences = list(_differences(found, claim))
+    different = list(differences(found, claim))
     raise StoreError(
         f"The output folder {target} belongs to another run of `{found['stage']}`",
-        got="; ".join(differences[:5]) or "the same config made by another version of the code",
+        got="; ".join(different[:5]) or "the same config made by another version of the code",
         expected="an empty folder or one made by this very config",
         fix="name another folder, or remove this one",
     )
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two nested mappings, each as a sentence."""
     for key in sorted(set(found) | set(wanted)):
         old, new = found.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
+            yield from differences(old, new, f"{prefix}{key}.")
         elif old != new and key != "digest":
             yield f"{prefix}{key} was {old!r}, is now {new!r}"
 

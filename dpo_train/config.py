@@ -90,7 +90,7 @@ class ScoreConfig:
 
     __pydantic_config__ = STRICT
 
-    row_tokens: Count = option(1024, "tokens per packed row while scoring")
+    row_tokens: Count = option(2048, "tokens per packed row while scoring")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +144,14 @@ class TrainConfig:
     batch_pairs: Count = option(64, "pairs of one optimiser step, over all workers")
     epochs: Count = option(1, "passes over the training pairs")
     max_steps: Count | None = option(None, "stop after this many steps; default: all epochs")
-    row_tokens: Count = option(1024, "tokens per packed row; one row is one micro-batch")
+    row_tokens: Count = option(2048, "tokens per packed row; one row is one micro-batch")
     checkpoint_steps: Count = option(50, "save what a resume needs every so many steps")
     evaluate_steps: Count = option(50, "measure the validation pairs every so many steps, and at the end")
+    keep: Literal["last", "best"] = option("last", "which weights the training leaves: its last, or its best measured")
+    best_metric: Literal["loss", "rewards/accuracy", "rewards/margin"] = option(
+        "loss", "on the validation pairs, for train.keep=best and train.patience"
+    )
+    patience: Count | None = option(None, "stop after so many measurements without a better one; null: never")
     lora: LoraConfig | None = option(None, "train adapters; null: all weights")
 
 
@@ -181,7 +186,7 @@ class EvaluateConfig:
     num_samples: Annotated[int, Ge(0)] = option(3, "held-out prompts answered by the reference and by the policy")
     max_sample_tokens: Count = option(64, "longest sampled answer")
     min_heldout_pairs: Count = option(100, "refuse to judge on fewer held-out pairs")
-    row_tokens: Count = option(1024, "tokens per packed row while scoring")
+    row_tokens: Count = option(2048, "tokens per packed row while scoring")
     gate: GateConfig = field(default_factory=GateConfig, metadata={"help": "rules for the registration"})
 
 
@@ -205,6 +210,9 @@ class ComputeConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
     workers: Count = option(1, "training workers; with GPUs at most one per GPU")
     data_workers: Count = option(2, "workers for preparing, scoring and sampling")
+    shard: Literal["auto", "on", "off"] = option(
+        "auto", "FSDP2: each training worker holds a share of every weight; auto: when all weights are trained"
+    )
     max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
 
 
@@ -294,6 +302,9 @@ def _check(config: RunConfig, origin: str) -> None:
         "prepare.max_heldout_pairs is below evaluate.min_heldout_pairs": too_few,
         "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
             config.sweep.betas and not prepare.validation_fraction
+        ),
+        "train.keep=best and train.patience need validation pairs, but prepare.validation_fraction is 0": (
+            (train.keep == "best" or train.patience is not None) and not prepare.validation_fraction
         ),
         "store and prepare.path must be local paths so far": "://" in config.store or "://" in prepare.path,
     }

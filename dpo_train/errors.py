@@ -76,6 +76,10 @@ class NonFiniteLossError(RunError, ArithmeticError):
     """The loss became NaN or infinite; the message names the step, the rank and the pairs."""
 
 
+class PreemptedError(RunError):
+    """The machine is about to be taken away; what was done is saved, and the same command goes on from there."""
+
+
 class WorkerError(RunError):
     """A Ray worker died or raised an error of its own."""
 

@@ -15,6 +15,7 @@ from dpo_train.config import ModelConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.data.pairs import Ids
 from dpo_train.data.tokens import load_tokenizer
+from dpo_train.model.forward import autocast
 from dpo_train.model.load import ADAPTER_FOLDER, Policy, load_policy, select_device
 
 ANSWERS_SCHEMA = pa.schema([("pair_id", pa.string()), ("model", pa.string()), ("answer", pa.string())])
@@ -30,7 +31,7 @@ def answer(policy: Policy, tokenizer: Any, prompts: Sequence[Ids], *, max_tokens
     for prompt_ids in prompts:
         torch.manual_seed(seed)
         ids_BT = torch.from_numpy(prompt_ids).long().to(policy.device)[None]
-        with policy.autocast():
+        with autocast(policy.device):
             output_BT = policy.model.generate(
                 ids_BT,
                 attention_mask=torch.ones_like(ids_BT),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_train.config import LoraConfig, ModelConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.errors import ModelError, first_line
+from dpo_train.model.forward import PackedForward
 from dpo_train.model.layout import Layout, layout_of
 
 ADAPTER_FOLDER = "adapter"
@@ -34,15 +35,18 @@ class Policy:
     folder: Path
     device: torch.device
 
-    @property
-    def decoder(self) -> Any:
-        """Token ids to hidden states, without the vocabulary matrix."""
-        return self.model.get_decoder()
+    sharded: bool = False
+    """Each rank holds a share of every weight (model/shard.py); all ranks must then do the same forwards."""
 
     @property
-    def lm_head(self) -> nn.Linear:
-        head: nn.Linear = self.model.get_output_embeddings()
-        return head
+    def vocabulary(self) -> int:
+        """Rows of the output embedding."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def packed(self) -> PackedForward:
+        """The forward over packed rows; with FSDP2 the module that holds all weights."""
+        return PackedForward(self.model, self.layout, self.device)
 
     @cached_property
     def layout(self) -> Layout:
@@ -60,12 +64,6 @@ class Policy:
             raise ModelError("A fully fine-tuned policy does not hold its reference", fix="load the base model instead")
         with self.adapters.disable_adapter():
             yield
-
-    def autocast(self) -> Any:
-        """bf16 compute on GPUs; fp32 on CPUs."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return nullcontext()
 
 
 def select_device(name: str) -> torch.device:
@@ -132,13 +130,17 @@ def load_policy(
     return Policy(model=model, adapters=adapters, folder=folder, device=device)
 
 
-def save_policy(policy: Policy, target: Path, tokenizer: Any) -> None:
-    """Writes ``adapter/`` (adapters alone) or ``model/`` (a whole model folder), as safetensors."""
+def save_policy(policy: Policy, target: Path, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
+    """Writes ``adapter/`` (adapters alone) or ``model/`` (a whole model folder), as safetensors.
+
+    Args:
+        state: the weights, of a policy that is sharded (``shard.whole_state``); default: the policy's own.
+    """
     if policy.adapters is not None:
-        policy.adapters.save_pretrained(target / ADAPTER_FOLDER, safe_serialization=True)
+        policy.adapters.save_pretrained(target / ADAPTER_FOLDER, safe_serialization=True, state_dict=state)
         _strip_paths(target / ADAPTER_FOLDER / "adapter_config.json")
     else:
-        policy.model.save_pretrained(target / MODEL_FOLDER, safe_serialization=True)
+        policy.model.save_pretrained(target / MODEL_FOLDER, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(target / MODEL_FOLDER)
 
 

@@ -1,34 +1,21 @@
 """Rows of packed pairs to log-probs: the one function that the reference, training and evaluation all use.
 
-T: tokens of a row, A: answer tokens of a row, P: pairs of a row, E: experts.
+A: answer tokens, T: tokens of a plain sequence, P: pairs, V: vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dpo_train.core.logprobs import log_sum_squares, token_logprobs
-from dpo_train.core.router import RouterSums, router_sums
 from dpo_train.data.packing import pack
 from dpo_train.data.pairs import Logps, TokenPair
 from dpo_train.errors import ModelError, first_line
+from dpo_train.model.forward import RowLogps, autocast
 from dpo_train.model.load import Policy
 from dpo_train.model.rows import Row, build_row
-
-
-class RowLogps(NamedTuple):
-    """What the policy says about a row's answer tokens, all of them on its device."""
-
-    token_logps_A: Tensor
-    log_sum_squares_A: Tensor | None
-    """log of the sum of p^2 over the vocabulary, if it was asked for."""
-    router: RouterSums | None
-    """How the row's tokens chose their experts, if it was asked for."""
 
 
 def row_logps(policy: Policy, row: Row, *, with_squares: bool = False, with_router: bool = False) -> RowLogps:
@@ -39,22 +26,8 @@ def row_logps(policy: Policy, row: Row, *, with_squares: bool = False, with_rout
         with_squares: also what WPO's weights need; without gradient.
         with_router: also what the auxiliary loss of a mixture of experts needs; each prompt counts once.
     """
-    layout, head = policy.layout, policy.lm_head
-    experts = layout.experts if with_router else None
-    with policy.autocast():
-        outputs = policy.decoder(
-            input_ids=row.input_ids_T[None],
-            position_ids=row.positions_T[None],
-            attention_mask=layout.masks(row.pair_T, row.part_T, row.positions_T),
-            use_cache=False,
-            **({"output_router_logits": True} if experts else {}),
-        )
-        hidden_AD = outputs.last_hidden_state[0][row.source_A]
-        logits: dict[str, Any] = {"bias_V": head.bias, "transform": layout.transform}
-        token_logps_A = token_logprobs(hidden_AD, head.weight, row.target_A, **logits)
-        squares_A = log_sum_squares(hidden_AD, head.weight, **logits) if with_squares else None
-    router = router_sums(outputs.router_logits, experts.top_k) if experts else None
-    return RowLogps(token_logps_A, squares_A, router)
+    result: RowLogps = policy.packed(row, with_squares=with_squares, with_router=with_router)
+    return result
 
 
 @torch.no_grad()
@@ -83,7 +56,7 @@ def check_layout(policy: Policy) -> None:
     Raises:
         ModelError: they differ.
     """
-    vocabulary = policy.lm_head.weight.shape[0]
+    vocabulary = policy.vocabulary
     generator = np.random.Generator(np.random.PCG64(0))
     sides = [generator.integers(0, vocabulary, size=n).astype(np.int32) for n in (5, 3, 4, 6, 2, 3)]
     pairs = [TokenPair("a", sides[0], sides[1], sides[2]), TokenPair("b", sides[3], sides[4], sides[5])]
@@ -97,7 +70,7 @@ def check_layout(policy: Policy) -> None:
     for pair, packed_2 in zip(pairs, packed_P2, strict=True):
         for answer_ids, packed in zip((pair.chosen_ids, pair.rejected_ids), packed_2, strict=True):
             ids_T = torch.from_numpy(np.concatenate([pair.prompt_ids, answer_ids])).long().to(policy.device)
-            with policy.autocast():
+            with autocast(policy.device):
                 logits_TV = policy.model(input_ids=ids_T[None], use_cache=False).logits[0].float()
             logps_A = torch.log_softmax(logits_TV[len(pair.prompt_ids) - 1 : -1], dim=-1)
             plain = logps_A.gather(1, ids_T[len(pair.prompt_ids) :, None]).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from dpo_train.errors import DpoError, WorkerError
+from dpo_train.errors import DpoError, PreemptedError, WorkerError
 
 
 class Decision(Enum):
@@ -16,6 +16,8 @@ class Decision(Enum):
 
 def decide(error: BaseException) -> Decision:
     """Errors raised on purpose, and bugs, repeat themselves; a lost process or connection does not."""
+    if isinstance(error, PreemptedError):
+        return Decision.RETRY
     if isinstance(error, DpoError):
         return Decision.RAISE
     # What a rank meets when another one dies: torch's own kinds for NCCL, a plain RuntimeError for gloo.

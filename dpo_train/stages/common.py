@@ -9,7 +9,7 @@ from typing import Any
 from dpo_train.artifacts import Artifact, Output, Summary, identity, produce
 from dpo_train.config import RunConfig
 from dpo_train.data.folder import model_folder, weights_digest
-from dpo_train.errors import StoreError
+from dpo_train.errors import ConfigError, StoreError
 
 
 def make(
@@ -39,6 +39,19 @@ def check_made_from(made: Artifact, name: str, source: Artifact) -> None:
             got=f"{name} {made.record.inputs.get(name)}",
             expected=source.record.digest,
             fix=f"name the {name} it was made from, or run its stage again",
+        )
+
+
+def check_same_model(config: RunConfig, scored: Artifact) -> None:
+    """The reference must be the model that is trained.
+
+    Raises:
+        ConfigError: the pairs were scored by another.
+    """
+    if scored.record.inputs.get("model") != model_digest(config):
+        raise ConfigError(
+            f"The pairs in {scored.path} were scored by another model than {config.model.path}",
+            fix="run score-reference with this model, or name the model that scored them",
         )
 
 

@@ -18,6 +18,7 @@ from dpo_train.evaluate.preference import Floats, measure
 from dpo_train.evaluate.report import Report, Sample, estimates, write_report
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
+from dpo_train.stages.check import check_rows
 from dpo_train.stages.common import check_made_from, make, model_digest
 from dpo_train.stages.executor import Executor, TableFunction
 from dpo_train.stages.score_reference import join_scores, score_table, score_table_of
@@ -59,6 +60,7 @@ def evaluate(
                 expected=f"at least {MIN_GROUPS} groups",
                 fix="raise prepare.heldout_fraction, bring more data, or choose another prepare.group_key",
             )
+        check_rows(heldout, section.row_tokens, "evaluate.row_tokens")
         scorer = functools.partial(score_table_of, config, str(policy.path), section.row_tokens)
         table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
         preferences = measure(

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig, to_dict
+from dpo_train.data.folder import model_folder
 from dpo_train.data.pairs import SCORED_SCHEMA, SPLITS, token_pairs
 from dpo_train.progress import Reporter
+from dpo_train.stages.check import check_model_reads, check_rows
 from dpo_train.stages.common import compute_dtype, make, model_digest
 from dpo_train.stages.executor import Executor, TableFunction
 
@@ -32,6 +34,8 @@ def score_reference(config: RunConfig, pairs: Artifact, executor: Executor, *, o
     def body(out: Output) -> Summary:
         tables = {split: pq.read_table(pairs.path / f"{split}.parquet") for split in SPLITS}
         everything = pa.concat_tables(tables.values())
+        check_model_reads(everything, model_folder(config.model.path))
+        check_rows(everything, config.score.row_tokens, "score.row_tokens")
         scorer = functools.partial(score_table_of, config, None, config.score.row_tokens)
         scores = score_table(everything, scorer, executor, Reporter.from_environment("score_reference"))
         for split, table in tables.items():

@@ -20,6 +20,7 @@ from dpo_train.stages.train import CADENCE, train
 
 TRIALS_FILE = "trials.json"
 NEVER = 2**31
+_NOT_OF_TRIALS = (*CADENCE, "beta", "evaluate_steps", "keep", "best_metric", "patience")
 
 
 def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Path | None = None) -> Artifact:
@@ -38,7 +39,7 @@ def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Pa
         return make(config, "sweep", content, {}, lambda out: _no_sweep(out, config.train.beta), output=output)
     content = {
         "sweep": {**to_dict(config.sweep), "betas": sorted(set(betas))},
-        "train": {k: v for k, v in to_dict(config.train).items() if k not in (*CADENCE, "beta")},
+        "train": {k: v for k, v in to_dict(config.train).items() if k not in _NOT_OF_TRIALS},
         "seed": config.seed,
     }
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
@@ -75,7 +76,7 @@ def _run_trials(
     betas = sorted(set(config.sweep.betas))
     steps = config.sweep.max_steps or config.train.max_steps
     # Of a trial only its end counts: validation pairs are measured once.
-    section = dataclasses.replace(config.train, max_steps=steps, evaluate_steps=NEVER)
+    section = dataclasses.replace(config.train, max_steps=steps, evaluate_steps=NEVER, keep="last", patience=None)
     trial_config = dataclasses.replace(config, train=section)
     outputs = {beta: folder / "trials" / f"beta-{beta!r}" for beta in betas}
     reporter = Reporter.from_environment("sweep")

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dpo_train.artifacts import Artifact, Output, Summary, identity
+from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.errors import StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
-from dpo_train.stages.common import make, model_digest
+from dpo_train.stages.check import check_reference, check_rows
+from dpo_train.stages.common import check_same_model, make, model_digest
 from dpo_train.stages.executor import Executor
 from dpo_train.train.job import CHECKPOINT_FOLDER, TrainJob
+from dpo_train.train.state import kept_line
 
 CADENCE = ("checkpoint_steps",)
 """Options that change when something is saved, never what is trained."""
@@ -44,29 +46,37 @@ def train(
     content["seed"] = config.seed
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
 
+    check_same_model(config, scored)
+
     def body(out: Output) -> Summary:
+        for split in ("train", "validation"):
+            pairs = pq.read_table(scored.path / f"{split}.parquet")
+            check_reference(pairs, scored.path)
+            check_rows(pairs, section.row_tokens, "train.row_tokens")
         executor.train(
             TrainJob(
                 model=config.model,
                 device=config.compute.device,
                 config=section,
                 seed=config.seed,
-                identity=identity("train", content, inputs),
+                origin={"config": content, "inputs": inputs},
                 scored=str(scored.path),
                 data_digest=scored.record.digest,
                 output=str(out.path),
+                shard=config.compute.shard == "on" or (config.compute.shard == "auto" and section.lora is None),
                 reporter=reporter or Reporter.from_environment("train"),
             )
         )
         history = read_history(out.path / METRICS_FILE)
         if not history or [line["step"] for line in history] != list(range(len(history))):
             raise StoreError(f"{out.path / METRICS_FILE} lacks steps", fix=f"remove {out.path} and run again")
-        last = {name: value for name, value in history[-1].items() if name != "step"}
+        kept = kept_line(history, section)
+        metrics = {name: value for name, value in kept.items() if name != "step"}
         num_validation = pq.read_metadata(scored.path / "validation.parquet").num_rows
         return Summary(
             counts={"steps": len(history), "validation_pairs": num_validation},
-            metrics={**last, "first_loss": history[0]["loss"]},
-            details={"beta": section.beta},
+            metrics={**metrics, "first_loss": history[0]["loss"]},
+            details={"beta": section.beta, "kept_step": int(kept["step"]) + 1},
         )
 
     artifact = make(config, "train", content, inputs, body, output=output, resumable=True)

@@ -1,66 +1,256 @@
-"""What a resume needs: trainable parameters, optimiser state and position, in one file that is whole or absent."""
+"""What a resume needs: parameters, optimiser state, random state and position, each rank its share.
+
+    checkpoints/step-00000050/shard-0-of-2.safetensors   parameters and optimiser state; its header says which rows
+                             /shard-1-of-2.safetensors
+                             /training.json              written last: whose checkpoint, and where the training stands
+
+Any number of ranks can read what any other number has written. safetensors holds numbers alone: loading runs no code.
+Shards are written by a thread while training goes on; a folder without ``training.json`` does not count.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
-from dataclasses import dataclass
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from dpo_train.errors import StoreError
-from dpo_train.model.load import Policy, load_parameter_state, parameter_state
+from dpo_train.artifacts import differences
+from dpo_train.errors import ModelError, RunError, StoreError
+from dpo_train.model.load import Policy
+from dpo_train.model.shard import like, local, local_start
 from dpo_train.train.job import CHECKPOINT_FOLDER
+from dpo_train.train.ranks import Ranks
+from dpo_train.train.state import TrainingState
+
+STATE_FILE = "training.json"
+PARTIAL = ".partial"
+RANDOM = "random"
+WRITER = "dpo-checkpoint"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """State after ``step`` steps. ``identity`` names the training (config, data and reference) it belongs to."""
+class Checkpoints:
+    """The checkpoints of one training. All ranks call each method at the same step."""
 
-    step: int
-    identity: str
-    policy: Policy
-    optimizer: torch.optim.Optimizer
+    def __init__(
+        self,
+        folder: Path,
+        origin: Mapping[str, Any],
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+    ) -> None:
+        """``origin`` is what makes the training this one: its config, data, reference and model."""
+        self._folder = folder / CHECKPOINT_FOLDER
+        self._origin, self._policy, self._optimizer, self._ranks = dict(origin), policy, optimizer, ranks
+        self._pending: tuple[TrainingState, _Writer] | None = None
+        # Whole weights are the same on every rank: the first one writes them.
+        self._writes = policy.sharded or ranks.is_first
+
+    def resume(self) -> TrainingState:
+        """Loads the newest complete checkpoint, if any, and says where the training stands.
+
+        Raises:
+            StoreError: it belongs to another training; the message says what differs.
+        """
+        if self._ranks.is_first:
+            for leftover in self._folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(leftover)
+        complete = sorted(file.parent for file in self._folder.glob(f"step-*/{STATE_FILE}"))
+        if not complete:
+            return TrainingState()
+        content = json.loads((complete[-1] / STATE_FILE).read_text(encoding="utf-8"))
+        if different := list(differences(content["origin"], self._origin)):
+            raise StoreError(
+                f"{complete[-1]} was made by another training",
+                got="; ".join(different[:5]),
+                expected="the same data, reference, model and config",
+                fix=f"remove {self._folder.parent}",
+            )
+        with _Shards(complete[-1]) as shards:
+            self._load_parameters(shards)
+            self._load_optimizer(shards)
+            torch.set_rng_state(shards.read(RANDOM))
+        return TrainingState(**content["state"])
+
+    def save(self, state: TrainingState, *, wait: bool) -> None:
+        """Saves the training as it stands. Without ``wait`` it is complete some steps later (``poll``).
+
+        Raises:
+            OSError: a full disk, say, of this save or of the one before it.
+        """
+        self.finish()
+        target = self._target(state.step)
+        if self._ranks.is_first:
+            shutil.rmtree(self._partial(target), ignore_errors=True)
+            self._partial(target).mkdir(parents=True)
+        self._ranks.barrier()
+        shard = self._partial(target) / f"shard-{self._shard}.safetensors"
+        tensors, rows = self._snapshot() if self._writes else ({}, {})
+        self._pending = state, _Writer(shard if self._writes else None, tensors, rows)
+        if wait:
+            self.finish()
+
+    def poll(self) -> None:
+        """Completes a save whose shards are all written; costs nothing when none is under way."""
+        if self._pending is not None and not self._ranks.any(not self._pending[1].is_done):
+            self._complete()
+
+    def finish(self) -> None:
+        """Waits for the save that is under way, if any."""
+        if self._pending is not None:
+            self._pending[1].join()
+            self._complete()
+
+    def load_parameters(self, step: int) -> None:
+        """The weights of a checkpoint that is kept."""
+        with _Shards(self._target(step)) as shards:
+            self._load_parameters(shards)
+
+    @property
+    def _shard(self) -> str:
+        return f"{self._ranks.rank}-of-{self._ranks.world_size}" if self._policy.sharded else "0-of-1"
+
+    def _target(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def _partial(self, target: Path) -> Path:
+        return target.with_name(target.name + PARTIAL)
+
+    def _complete(self) -> None:
+        assert self._pending is not None
+        state, writer = self._pending
+        self._pending = None
+        failed = self._ranks.any(writer.error is not None)
+        if writer.error is not None:
+            raise writer.error
+        if failed:
+            raise RunError("Another rank could not write its share of the checkpoint", fix="see its error in the log")
+        target = self._target(state.step)
+        if self._ranks.is_first:
+            content = {"origin": self._origin, "state": dataclasses.asdict(state)}
+            _write_durably(self._partial(target) / STATE_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            self._partial(target).rename(target)
+            kept = {target.name} | ({self._target(state.best_step).name} if state.best_step is not None else set())
+            for older in self._folder.iterdir():
+                if older.name not in kept:
+                    shutil.rmtree(older)
+        self._ranks.barrier()
+
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, list[int] | None]]:
+        """Copies of this rank's share on the CPU, and which rows of the whole each one is; None: all of it."""
+        tensors: dict[str, Tensor] = {RANDOM: torch.get_rng_state()}
+        rows: dict[str, list[int] | None] = {RANDOM: None}
+        for name, tensor in self._everything():
+            share = local(tensor)
+            whole = share is tensor
+            if whole and not self._ranks.is_first:
+                continue
+            start = local_start(tensor)
+            # A copy, on CPUs too: training goes on while it is written.
+            tensors[name] = share.detach().to("cpu", copy=True).contiguous()
+            rows[name] = None if whole else [start, start + len(share)]
+        return tensors, rows
+
+    def _everything(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._policy.trainable().items():
+            yield f"parameter/{name}", parameter
+            for key, value in self._optimizer.state[parameter].items():
+                yield f"optimizer/{name}/{key}", value
+
+    def _load_parameters(self, shards: _Shards) -> None:
+        parameters = self._policy.trainable()
+        saved = {name.removeprefix("parameter/") for name in shards.names if name.startswith("parameter/")}
+        if saved != set(parameters):
+            raise ModelError("The checkpoint holds other parameters than the policy trains")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local(parameter).copy_(shards.read_like(f"parameter/{name}", parameter))
+
+    def _load_optimizer(self, shards: _Shards) -> None:
+        for name, parameter in self._policy.trainable().items():
+            prefix = f"optimizer/{name}/"
+            for saved in shards.names:
+                if not saved.startswith(prefix):
+                    continue
+                if shards.is_scalar(saved):
+                    value = shards.read(saved)
+                else:
+                    value = like(parameter, shards.read_like(saved, parameter).to(local(parameter).device))
+                self._optimizer.state[parameter][saved.removeprefix(prefix)] = value
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the newest checkpoint and then removes older ones."""
-    target = folder / CHECKPOINT_FOLDER / f"step-{checkpoint.step:08d}.pt"
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".partial")
-    content = {
-        "step": checkpoint.step,
-        "identity": checkpoint.identity,
-        "parameters": parameter_state(checkpoint.policy),
-        "optimizer": checkpoint.optimizer.state_dict(),
-    }
-    with temporary.open("wb") as stream:
-        torch.save(content, stream)
+class _Writer:
+    """Writes one shard in a thread of its own."""
+
+    def __init__(self, path: Path | None, tensors: dict[str, Tensor], rows: Mapping[str, list[int] | None]) -> None:
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, args=(path, tensors, rows), name=WRITER)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _write(self, path: Path | None, tensors: dict[str, Tensor], rows: Mapping[str, list[int] | None]) -> None:
+        if path is None:
+            return
+        try:
+            save_file(tensors, path, metadata={"rows": json.dumps(rows)})
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        except BaseException as error:  # told by the training's own thread
+            self.error = error
+
+
+class _Shards(ExitStack):
+    """All shards of a checkpoint as one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._files = [self.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("shard-*.safetensors"))]
+        self._rows = [json.loads(file.metadata()["rows"]) for file in self._files]
+        self.names = {name for rows in self._rows for name in rows}
+
+    def is_scalar(self, name: str) -> bool:
+        file = next(file for file, rows in zip(self._files, self._rows, strict=True) if name in rows)
+        return not file.get_slice(name).get_shape()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is whole in some shard."""
+        file = next(file for file, rows in zip(self._files, self._rows, strict=True) if name in rows)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def read_like(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows that this rank's share of ``tensor`` has."""
+        first, last = local_start(tensor), local_start(tensor) + len(local(tensor))
+        pieces = []
+        for file, rows in zip(self._files, self._rows, strict=True):
+            if name in rows:
+                start, stop = rows[name] or (0, len(tensor))
+                low, high = max(first, start), min(last, stop)
+                if low < high:
+                    pieces.append(file.get_slice(name)[low - start : high - start])
+        return torch.cat(pieces) if pieces else local(tensor).new_empty((0, *tensor.shape[1:]))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(target)
-    for older in target.parent.glob("*"):
-        if older != target:
-            older.unlink()
-
-
-def latest_checkpoint(folder: Path, identity: str, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Loads the newest checkpoint, if any, and returns the step to go on with.
-
-    Raises:
-        StoreError: the checkpoint belongs to another training.
-    """
-    files = sorted((folder / CHECKPOINT_FOLDER).glob("step-*.pt"))
-    if not files:
-        return 0
-    content = torch.load(files[-1], map_location="cpu", weights_only=True)
-    if content["identity"] != identity:
-        raise StoreError(
-            f"{files[-1]} was made by another training (other data, reference or config)",
-            got=content["identity"],
-            expected=identity,
-            fix=f"remove {folder}",
-        )
-    load_parameter_state(policy, content["parameters"])
-    optimizer.load_state_dict(content["optimizer"])
-    return int(content["step"])

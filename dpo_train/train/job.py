@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dpo_train.config import ModelConfig, TrainConfig
 from dpo_train.progress import Reporter
@@ -18,8 +20,10 @@ class TrainJob:
     device: str
     config: TrainConfig
     seed: int
-    identity: str
+    origin: Mapping[str, Any]
+    """What makes this training this one: config and inputs, by which a checkpoint is known."""
     scored: str
     data_digest: str
     output: str
+    shard: bool
     reporter: Reporter

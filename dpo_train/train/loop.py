@@ -1,26 +1,31 @@
-"""The training's cadence: resume, step, evaluate, checkpoint."""
+"""The training's cadence: resume, step, evaluate, checkpoint, stop."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dpo_train.config import TrainConfig
 from dpo_train.core.metrics import means
 from dpo_train.data.batches import num_steps, step_pairs
 from dpo_train.data.pairs import TokenPair
-from dpo_train.errors import RunError
+from dpo_train.errors import PreemptedError, RunError
 from dpo_train.metrics_file import METRICS_FILE, History
 from dpo_train.model.load import Policy
-from dpo_train.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from dpo_train.train.checkpoint import Checkpoints
 from dpo_train.train.optimizer import build_optimizer, learning_rate
 from dpo_train.train.ranks import Ranks
+from dpo_train.train.speed import Speed
+from dpo_train.train.state import VALIDATION, TrainingState
 from dpo_train.train.step import evaluate_pairs, train_step
 
 FIRST_DRIFT_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
 """Of an answer's mean log-prob, plus as many nats. Measured in fp32: 4e-7. Other packings in bf16: 4e-4."""
+
+COLLAPSE = 0.25
+"""Share of the reference's log-prob by which the chosen answers may fall before a person is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +37,12 @@ class Fit:
     validation_pairs: Sequence[TokenPair]
     data_digest: str
     seed: int
-    identity: str
+    origin: Mapping[str, Any]
     folder: Path
     report: Callable[..., None] = lambda *_, **__: None
+    tell: Callable[[str], None] = lambda _: None
+    is_preempted: Callable[[], bool] = lambda: False
+    """Asked after every step, on every rank."""
 
     @property
     def total_steps(self) -> int:
@@ -57,38 +65,83 @@ class Fit:
 
 
 def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
-    """Trains to the end, from the latest checkpoint of the same identity if there is one.
+    """Trains to the end, from the latest checkpoint of the same origin if there is one.
 
     The first rank appends one line per step to ``metrics.jsonl``; after a resume the lines of steps that are done again
     are dropped first, so that each step stands there once.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient is NaN or infinite.
+        RunError: the policy does not start as its reference.
+        PreemptedError: this machine is about to go; everything is saved.
     """
-    config = job.config
+    config, total = job.config, job.total_steps
     optimizer = build_optimizer(policy.trainable().values(), config)
-    start = latest_checkpoint(job.folder, job.identity, policy, optimizer)
-    history = History(job.folder / METRICS_FILE, start) if ranks.is_first else None
-    clock = time.perf_counter()
-    pairs_done = 0
-    for step in range(start, job.total_steps):
+    checkpoints = Checkpoints(job.folder, job.origin, policy, optimizer, ranks)
+    state = checkpoints.resume()
+    history = History(job.folder / METRICS_FILE, state.step) if ranks.is_first else None
+    speed = Speed(policy, config, ranks)
+    while not state.is_over(total, config):
+        step = state.step
         batch = job.batch(step)
-        rate = learning_rate(config, step, job.total_steps)
-        result = train_step(policy, optimizer, batch, config, ranks, step=step, learning_rate=rate)
-        metrics = means(result.sums)
+        rate = learning_rate(config, step, total)
+        with speed.step(batch):
+            result = train_step(policy, optimizer, batch, config, ranks, step=step, learning_rate=rate)
+        metrics = means(result.sums) | {"grad_norm": result.grad_norm, "learning_rate": rate} | speed.metrics()
+        if result.aux_loss is not None:
+            metrics["router/aux_loss"] = result.aux_loss
         if step == 0:
             _check_first_drift(metrics, policy.device.type)
-        pairs_done += len(batch)
-        seconds = time.perf_counter() - clock
-        metrics |= {"grad_norm": result.grad_norm, "learning_rate": rate, "pairs_per_second": pairs_done / seconds}
-        last = step + 1 == job.total_steps
-        if job.validation_pairs and (last or (step + 1) % config.evaluate_steps == 0):
-            sums = evaluate_pairs(policy, job.validation_pairs, config, ranks)
-            metrics |= {f"validation/{name}": value for name, value in means(sums).items()}
+        state = _after_step(replace(state, step=step + 1), policy, job, ranks, metrics)
         if history is not None:
             history.append(step, metrics)
-            job.report(step + 1, job.total_steps, "steps", **metrics)
-        # The last step is saved as well: were saving the policy to fail, nothing is trained again.
-        if ranks.is_first and (last or (step + 1) % config.checkpoint_steps == 0):
-            save_checkpoint(job.folder, Checkpoint(step + 1, job.identity, policy, optimizer))
-        ranks.barrier()
+            job.report(step + 1, total, "steps", **metrics)
+        _save(checkpoints, state, job, ranks)
+    checkpoints.finish()
+    if config.keep == "best" and state.best_step is not None:
+        checkpoints.load_parameters(state.best_step)
+
+
+def _after_step(
+    state: TrainingState, policy: Policy, job: Fit, ranks: Ranks, metrics: dict[str, float]
+) -> TrainingState:
+    """Measures the validation pairs if it is time to, and looks after the chosen answers."""
+    config = job.config
+    if job.validation_pairs and (state.step == job.total_steps or state.step % config.evaluate_steps == 0):
+        sums = evaluate_pairs(policy, job.validation_pairs, config, ranks)
+        metrics |= {VALIDATION + name: value for name, value in means(sums).items()}
+        state = state.evaluated(state.step, metrics, config)
+    if not state.warned and _collapses(metrics):
+        if ranks.is_first:
+            job.tell(
+                f"warning: the chosen answers' log-prob has fallen by {-metrics['drift/chosen']:.1f} nats "
+                f"(step {state.step}), more than a quarter: raise train.beta, lower train.learning_rate, or add an SFT "
+                "term, train.loss={sigmoid: 1.0, sft: 0.1}"
+            )
+        state = replace(state, warned=True)
+    return state
+
+
+def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks) -> None:
+    """Saves when it is time to. What must not be lost is waited for: the end, the best weights, the last words."""
+    config = job.config
+    checkpoints.poll()
+    preempted = ranks.any(job.is_preempted())
+    is_best = config.keep == "best" and state.best_step == state.step
+    # The last step is saved as well: were saving the policy to fail, nothing is trained again.
+    must = state.is_over(job.total_steps, config) or is_best or preempted
+    if must or state.step % config.checkpoint_steps == 0:
+        checkpoints.save(state, wait=must)
+    if preempted and not state.is_over(job.total_steps, config):
+        raise PreemptedError(
+            f"This machine is about to be taken away; the training is saved after {state.step} steps",
+            fix="run the same command again",
+        )
+
+
+def _collapses(metrics: Mapping[str, float]) -> bool:
+    reference = metrics["logps/chosen"] - metrics["drift/chosen"]
+    return metrics["drift/chosen"] < -COLLAPSE * abs(reference)
 
 
 def _check_first_drift(metrics: Mapping[str, float], device: str) -> None:

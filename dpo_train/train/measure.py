@@ -20,6 +20,7 @@ from dpo_train.data.pairs import TokenPair
 from dpo_train.model.load import Policy
 from dpo_train.model.rows import Row, build_row
 from dpo_train.model.score import row_logps
+from dpo_train.model.shard import reshard
 from dpo_train.train.ranks import Ranks
 
 
@@ -60,9 +61,26 @@ class Measured(NamedTuple):
         return pair_sums(result, self.chosen_logps_P, self.rejected_logps_P, self.kl_P, config.beta)
 
 
-def rows_of_rank(pairs: Sequence[TokenPair], row_tokens: int, ranks: Ranks) -> list[list[int]]:
-    """This rank's rows of indices into ``pairs``."""
-    return rank_rows([pair.num_tokens for pair in pairs], row_tokens, ranks.world_size)[ranks.rank]
+class RankRow(NamedTuple):
+    """Indices of a row's pairs, and whether the row counts; one that does not only keeps other ranks company."""
+
+    indices: list[int]
+    counts: bool
+
+
+def rows_of_rank(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int, ranks: Ranks) -> list[RankRow]:
+    """This rank's rows of indices into ``pairs``. With a sharded policy all ranks get equally many.
+
+    Sharded weights are gathered by all ranks at once, so a rank that has run out of pairs repeats the shortest one, and
+    multiplies what comes of it by zero.
+    """
+    lengths = [pair.num_tokens for pair in pairs]
+    everyone = rank_rows(lengths, row_tokens, ranks.world_size)
+    mine = [RankRow(row, True) for row in everyone[ranks.rank]]
+    if policy.sharded:
+        missing = max(map(len, everyone)) - len(mine)
+        mine += [RankRow([lengths.index(min(lengths))], False)] * missing
+    return mine
 
 
 def measure_row(
@@ -91,10 +109,12 @@ def measure_all(
     """All pairs, on every rank, without gradients; the router's sums are those of all ranks."""
     table = torch.zeros(len(pairs), len(Measured._fields), device=policy.device)
     routers: list[RouterSums] = []
-    for indices in rows_of_rank(pairs, config.row_tokens, ranks):
+    for indices, counts in rows_of_rank(policy, pairs, config.row_tokens, ranks):
         measured, router = measure_row(policy, [pairs[i] for i in indices], config, with_router=with_router)
-        table[indices] = torch.stack(measured, dim=1)
-        routers += [router] if router is not None else []
+        if counts:
+            table[indices] = torch.stack(measured, dim=1)
+            routers += [router] if router is not None else []
+    reshard(policy)
     # Every entry is zero on all ranks but one: the sum is exact.
     ranks.sum(table)
     router = _added(policy, routers, ranks) if with_router else None

@@ -45,14 +45,23 @@ class Ranks:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
-    def gather(self, mine: list[str]) -> list[list[str]]:
-        """Every rank's list, in the order of ranks, on every rank."""
-        if self.world_size == 1:
-            return [mine]
-        everyone: list[list[str]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(everyone, mine)
-        return everyone
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank; every rank gets the same answer."""
+        return bool(self.sum(_scalar(float(flag))))
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        tensor = _scalar(value)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
 
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def _scalar(value: float) -> Tensor:
+    """Where the ranks' backend can send it."""
+    on_gpu = dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend()
+    return torch.tensor(value, dtype=torch.float64, device="cuda" if on_gpu else "cpu")

@@ -16,9 +16,11 @@ from dpo_train.config import TrainConfig
 from dpo_train.core.loss import PreferenceLoss
 from dpo_train.core.metrics import NAMES
 from dpo_train.core.router import RouterSums, aux_loss
+from dpo_train.data.batches import rank_rows
 from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import NonFiniteLossError
 from dpo_train.model.load import Policy
+from dpo_train.model.shard import whole
 from dpo_train.objective import is_over_batch
 from dpo_train.train.measure import Measured, measure_all, measure_row, rows_of_rank
 from dpo_train.train.ranks import Ranks
@@ -55,15 +57,16 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     ahead = _look_ahead(policy, pairs, config, ranks)
     sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=policy.device)
-    for indices in rows_of_rank(pairs, config.row_tokens, ranks):
+    for indices, counts in rows_of_rank(policy, pairs, config.row_tokens, ranks):
         row_loss, row_sums = _row_loss(policy, pairs, indices, config, ahead)
-        torch.autograd.backward(row_loss / len(pairs))
-        sums += row_sums
+        torch.autograd.backward(row_loss * (counts / len(pairs)))
+        sums += row_sums * counts
     ranks.sum(sums)
     if not bool(torch.isfinite(sums[0])):
         _raise_non_finite(policy, pairs, config, ranks, step)
-    ranks.sum_gradients(parameters)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    if not policy.sharded:  # FSDP2 has added them during the backward passes
+        ranks.sum_gradients(parameters)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not bool(torch.isfinite(grad_norm)):
         raise NonFiniteLossError(
             f"The gradient is not finite at step {step}",
@@ -139,14 +142,14 @@ def _row_loss(
 
 @torch.no_grad()
 def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks, step: int) -> None:
-    """Finds the culprits pair by pair; only runs when a step has already failed."""
-    bad = [
-        pairs[index].pair_id
-        for row in rows_of_rank(pairs, config.row_tokens, ranks)
-        for index in row
-        if not _is_finite(measure_row(policy, [pairs[index]], config)[0], config)
-    ]
-    found = [f"{pair_id} (rank {rank})" for rank, ids in enumerate(ranks.gather(bad)) for pair_id in ids]
+    """Finds the culprits pair by pair; only runs when a step has already failed.
+
+    Every rank measures every pair: sharded weights allow nothing else, and a failed run has the time.
+    """
+    rows_by_rank = rank_rows([pair.num_tokens for pair in pairs], config.row_tokens, ranks.world_size)
+    rank_of = {index: rank for rank, rows in enumerate(rows_by_rank) for row in rows for index in row}
+    bad = [i for i, pair in enumerate(pairs) if not _is_finite(measure_row(policy, [pair], config)[0], config)]
+    found = [f"{pairs[index].pair_id} (rank {rank_of[index]})" for index in bad]
     raise NonFiniteLossError(
         f"The loss is not finite at step {step}",
         got=f"pairs {', '.join(found)}" if found else "finite losses when the pairs are scored one by one",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from dpo_train.data.pairs import TokenPair, token_pairs
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.model.load import load_policy, save_policy, select_device
 from dpo_train.model.score import check_layout
+from dpo_train.model.shard import shard, whole_state
 from dpo_train.train.job import TrainJob
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
@@ -20,7 +22,7 @@ from dpo_train.train.ranks import Ranks
 RANKS_FOLDER = "ranks"
 
 
-def run_rank(job: TrainJob, ranks: Ranks) -> None:
+def run_rank(job: TrainJob, ranks: Ranks, *, is_preempted: Callable[[], bool] = lambda: False) -> None:
     """Loads, trains, and on the first rank saves the policy. Every rank leaves a line about itself in ``ranks/``."""
     output = Path(job.output)
     _note_rank(output, ranks)
@@ -28,6 +30,8 @@ def run_rank(job: TrainJob, ranks: Ranks) -> None:
         job.model, device=select_device(job.device), lora=job.config.lora, trainable=True, seed=job.seed
     )
     check_layout(policy)
+    if job.shard and ranks.world_size > 1:
+        shard(policy)
     fit(
         policy,
         Fit(
@@ -36,15 +40,18 @@ def run_rank(job: TrainJob, ranks: Ranks) -> None:
             validation_pairs=load_split(Path(job.scored), "validation"),
             data_digest=job.data_digest,
             seed=job.seed,
-            identity=job.identity,
+            origin=job.origin,
             folder=output,
             report=job.reporter.progress,
+            tell=job.reporter.message,
+            is_preempted=is_preempted,
         ),
         ranks,
     )
+    state = whole_state(policy) if policy.sharded else None
     if ranks.is_first:
         tokenizer = load_tokenizer(model_folder(job.model.path), trust_remote_code=job.model.trust_remote_code)
-        save_policy(policy, output, tokenizer)
+        save_policy(policy, output, tokenizer, state)
     ranks.barrier()
 
 

@@ -1,13 +1,15 @@
-"""Two ranks equal one, on two real gloo processes.
+"""One rank = two = three, whole weights or shares of them, on real gloo processes.
 
-Plain SGD at rate 1 shows a gradient that is wrong by a factor, which Adam would hide.
+Plain SGD at rate 1 shows a gradient that is wrong by a factor, which Adam would hide. Every process does everything
+once and leaves its results in a file; the tests read them.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,14 @@ from dpo_train.config import LoraConfig, TrainConfig
 from dpo_train.core.metrics import NAMES
 from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import NonFiniteLossError
-from dpo_train.model.load import parameter_state
+from dpo_train.model.load import Policy
+from dpo_train.model.shard import shard, whole, whole_state
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import evaluate_pairs, train_step
 from tests.tiny import random_pairs, tiny_model, tiny_policy, with_reference
+from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
-WORLD_SIZE = 2
 STEPS = 3
 CONFIG = TrainConfig(
     beta=0.5,
@@ -39,46 +42,92 @@ CONFIG = TrainConfig(
     evaluate_steps=2,
     lora=LoraConfig(rank=4),
 )
-CASES = {"full 1": "one rank has no pair", "lora 2": "one pair each", "full 9": "several rows each"}
 
 
-def _pairs(folder: Path) -> list[TokenPair]:
-    return with_reference(tiny_policy(folder, lora=False, trainable=False), random_pairs(9))
+@dataclass(frozen=True)
+class Case:
+    """A few steps of SGD."""
+
+    pairs: int
+    family: str = "llama"
+    lora: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def _sgd(folder: Path, pairs: list[TokenPair], ranks: Ranks, lora: bool) -> dict[str, Any]:
-    """Weight changes and sums of a few steps at rate 1."""
+CASES = {
+    "a rank without pairs": Case(1),
+    "adapters, a pair each": Case(2, lora=True),
+    "several rows each": Case(9),
+    "a loss over the batch": Case(9, options={"loss": "aot", "beta": 0.02}),
+    "several losses": Case(7, options={"loss": {"sigmoid": 1.0, "aot_unpaired": 0.5, "sft": 0.1}}),
+    "weighted": Case(6, options={"wpo": True, "ld_alpha": 0.5}),
+    "experts": Case(5, "mixtral", options={"router_aux_loss": 0.5}),
+    "a window and caps": Case(5, "gemma2"),
+    "tied weights": Case(4, "qwen2"),
+}
+# Any number of pairs in rows of any length.
+CASES |= {
+    f"{pairs} pairs in rows of {row_tokens}": Case(pairs, options={"row_tokens": row_tokens})
+    for pairs, row_tokens in ((Random(seed).randint(1, 9), Random(seed + 100).randint(1, 90)) for seed in range(6))
+}
+FAMILIES_USED = sorted({case.family for case in CASES.values()})
+WORLDS = {"2 whole": (2, False), "2 sharded": (2, True), "3 sharded": (3, True)}
+
+
+def _pairs(folder: Path, count: int) -> list[TokenPair]:
+    return with_reference(tiny_policy(folder, lora=False, trainable=False), random_pairs(count, vocabulary=VOCABULARY))
+
+
+def _policy(folder: Path, ranks: Ranks, sharded: bool, lora: bool) -> Policy:
     policy = tiny_policy(folder, lora=lora)
-    before = parameter_state(policy)
+    if sharded and ranks.world_size > 1:
+        shard(policy)
+    return policy
+
+
+def _weights(policy: Policy) -> torch.Tensor:
+    return torch.cat([whole(p).detach().flatten().clone() for p in policy.trainable().values()])
+
+
+def _sgd(case: Case, root: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+    """Weight changes and sums of a few steps at rate 1."""
+    folder, config = root / case.family, replace(CONFIG, **case.options)
+    pairs = _pairs(folder, case.pairs)
+    policy = _policy(folder, ranks, sharded, case.lora)
+    before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     results = [
-        train_step(policy, optimizer, pairs, CONFIG, ranks, step=step, learning_rate=1.0) for step in range(STEPS)
+        train_step(policy, optimizer, pairs, config, ranks, step=step, learning_rate=1.0) for step in range(STEPS)
     ]
     return {
-        "change": torch.cat([(value - before[name]).flatten() for name, value in parameter_state(policy).items()]),
+        "change": _weights(policy) - before,
         "sums": torch.stack([result.sums for result in results]),
         "norms": torch.tensor([result.grad_norm for result in results]),
-        "evaluation": evaluate_pairs(policy, pairs, CONFIG, ranks),
+        "aux": [result.aux_loss for result in results],
+        "evaluation": evaluate_pairs(policy, pairs, config, ranks),
     }
 
 
-def _fit(folder: Path, output: Path, ranks: Ranks, stop: int | None = None) -> torch.Tensor:
-    """The real loop, whose report may stop the training like a crash would."""
-    pairs = _pairs(folder)
-    policy = tiny_policy(folder)
-    # A later max_steps is no other training here: the identity is given by hand, and the schedule is constant.
-    config = replace(CONFIG, epochs=2, schedule="constant", max_steps=stop)
-    job = Fit(config=config, train_pairs=pairs, validation_pairs=pairs[:3], data_digest="d", seed=0, identity="id",
+def _fit(root: Path, output: Path, ranks: Ranks, sharded: bool, stop: int | None = None) -> torch.Tensor:
+    """The real loop; ``stop`` ends it early, as a crash after a checkpoint would."""
+    output.mkdir(exist_ok=True)
+    pairs = _pairs(root / "llama", 9)
+    policy = _policy(root / "llama", ranks, sharded, lora=not sharded)
+    # A later max_steps is no other training here: the origin is given by hand, and the schedule is constant.
+    config = replace(CONFIG, epochs=2, schedule="constant", max_steps=stop, lora=None if sharded else CONFIG.lora)
+    job = Fit(config=config, train_pairs=pairs, validation_pairs=pairs[:3], data_digest="d", seed=0, origin={"of": "d"},
               folder=output)  # fmt: skip
     fit(policy, job, ranks)
-    return torch.cat([value.flatten() for value in parameter_state(policy).values()])
+    state = whole_state(policy)
+    assert all(len(tensor) or not tensor.shape for tensor in state.values())
+    return _weights(policy)
 
 
-def _non_finite(folder: Path, ranks: Ranks) -> str:
-    """The message that this rank raises when the other one's pair is broken."""
-    pairs = _pairs(folder)[:2]
+def _non_finite(root: Path, ranks: Ranks, sharded: bool) -> str:
+    """The message that this rank raises when some rank's pair is broken."""
+    pairs = _pairs(root / "llama", 2)
     pairs[1] = replace(pairs[1], reference_chosen_logps=np.full_like(pairs[1].reference_chosen_logps, np.nan))
-    policy = tiny_policy(folder)
+    policy = _policy(root / "llama", ranks, sharded, lora=True)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     try:
         train_step(policy, optimizer, pairs, CONFIG, ranks, step=7, learning_rate=1.0)
@@ -87,107 +136,138 @@ def _non_finite(folder: Path, ranks: Ranks) -> str:
     return "nothing was raised"
 
 
-def _everything(folder: Path, output: Path, ranks: Ranks) -> dict[str, Any]:
-    pairs = _pairs(folder)
-    found: dict[str, Any] = {}
-    for case in CASES:
-        kind, count = case.split()
-        found[case] = _sgd(folder, pairs[: int(count)], ranks, lora=kind == "lora")
-    found["fit"] = _fit(folder, output, ranks)
-    found["error"] = _non_finite(folder, ranks)
+def _everything(root: Path, output: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {name: _sgd(case, root, ranks, sharded) for name, case in CASES.items()}
+    found["fit"] = _fit(root, output / "fit", ranks, sharded)
+    _fit(root, output / "stopped", ranks, sharded, stop=2)
+    found["error"] = _non_finite(root, ranks, sharded)
     return found
 
 
-def _rank(rank: int, root: str, model: str) -> None:
+def _rank(rank: int, root: Path, output: Path, world_size: int, sharded: bool) -> None:
     torch.set_num_threads(1)
-    folder = Path(root)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=f"file://{output / 'meeting'}", rank=rank, world_size=world_size)
     try:
-        found = _everything(Path(model), folder / "two", Ranks.current())
-        torch.save(found, folder / f"rank-{rank}.pt")
+        torch.save(_everything(root, output, Ranks.current(), sharded), output / f"rank-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes left their results."""
+    """A model of each family."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name in ("one", "two", "mixed"):
-        (folder / name).mkdir()
-    tiny_model(folder / "model")
-    mp.spawn(_rank, args=(str(folder), str(folder / "model")), nprocs=WORLD_SIZE)
+    for family in FAMILIES_USED:
+        write(folder / family, FAMILIES[family])
+    tiny_model(folder / "tiny")
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(root: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks found."""
-    return [torch.load(root / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
+@pytest.fixture(scope="module", params=WORLDS)
+def world(root: Path, request: pytest.FixtureRequest) -> World:
+    """What each rank of a world found."""
+    world_size, sharded = WORLDS[request.param]
+    output = root / request.param.replace(" ", "-")
+    output.mkdir()
+    mp.spawn(_rank, args=(root, output, world_size, sharded), nprocs=world_size)
+    found = [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return World(output, sharded, found)
+
+
+@dataclass(frozen=True)
+class World:
+    """A number of ranks, and what each found."""
+
+    output: Path
+    sharded: bool
+    ranks: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def one(root: Path) -> dict[str, Any]:
     """The same in this process, alone."""
-    return _everything(root / "model", root / "one", Ranks())
+    torch.set_num_threads(1)
+    (root / "one").mkdir()
+    found = _everything(root, root / "one", Ranks(), sharded=False)
+    # Sharded ranks train all weights.
+    return found | {"full fit": _fit(root, root / "one" / "full", Ranks(), sharded=True)}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_change_the_weights_as_one_does(two: list[dict[str, Any]], one: dict[str, Any], case: str) -> None:
-    """Three steps of SGD at rate 1: changes agree to 1e-5 relative, on both ranks."""
+def test_ranks_change_the_weights_as_one_does(world: World, one: dict[str, Any], case: str) -> None:
+    """Three steps of SGD at rate 1: changes agree to 1e-5 relative, on every rank."""
     wanted = one[case]["change"]
     assert wanted.norm() > 0.1
-    for found in two:
+    for found in world.ranks:
         assert (found[case]["change"] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_a_pair_left_out_would_be_noticed(root: Path, one: dict[str, Any]) -> None:
+    """Eight of nine pairs change the weights differently by a thousand tolerances."""
+    without = _sgd(Case(8), root, Ranks(), sharded=False)["change"]
+    wanted = one["several rows each"]["change"]
+    assert (without - wanted).norm() > 1e-2 * wanted.norm()
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_agree_bit_for_bit(two: list[dict[str, Any]], case: str) -> None:
+def test_ranks_agree_bit_for_bit(world: World, case: str) -> None:
     """They hold one policy; a drift between them would never be noticed later."""
-    assert torch.equal(two[0][case]["change"], two[1][case]["change"])
+    for found in world.ranks[1:]:
+        assert torch.equal(world.ranks[0][case]["change"], found[case]["change"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_metrics_are_global(two: list[dict[str, Any]], one: dict[str, Any], case: str) -> None:
+def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> None:
     """Sums, gradient norm and evaluation on each rank are those of all pairs.
 
     Before the first update all margins are zero but for rounding, which alone decides the accuracy there.
     """
     wanted = one[case]
-    assert wanted["sums"][:, -1].tolist() == [int(case.split()[1])] * STEPS
-    for sums in (wanted["sums"], *(found[case]["sums"] for found in two)):
+    assert wanted["sums"][:, -1].tolist() == [CASES[case].pairs] * STEPS
+    for sums in (wanted["sums"], *(found[case]["sums"] for found in world.ranks)):
         sums[0, NAMES.index("rewards/accuracy")] = 0.0
-    for found in two:
+    for found in world.ranks:
         for name in ("sums", "norms", "evaluation"):
-            assert torch.allclose(found[case][name], wanted[name], rtol=1e-5, atol=1e-5), name
+            assert torch.allclose(found[case][name], wanted[name], rtol=1e-5, atol=2e-5), name
+        if wanted["aux"][0] is not None:
+            assert found[case]["aux"] == pytest.approx(wanted["aux"], rel=1e-5)
 
 
-def test_whole_training_on_two_ranks_equals_one(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
+def test_whole_training_equals_that_of_one_rank(world: World, one: dict[str, Any]) -> None:
     """The loop with AdamW, validation and checkpoints, two epochs.
 
     Adam divides by the gradient's own size and so turns rounding into whole steps where a gradient is near zero: 1e-3.
     """
-    assert (two[0]["fit"] - one["fit"]).norm() <= 1e-3 * one["fit"].norm()
-    assert torch.equal(two[0]["fit"], two[1]["fit"])
+    wanted = one["full fit" if world.sharded else "fit"]
+    for found in world.ranks:
+        assert (found["fit"] - wanted).norm() <= 1e-5 * wanted.norm()
+        assert torch.equal(found["fit"], world.ranks[0]["fit"])
 
 
-def test_first_rank_alone_writes(root: Path, two: list[dict[str, Any]]) -> None:
-    """One history with each step once, one checkpoint."""
-    del two
-    assert len((root / "two" / "metrics.jsonl").read_text().splitlines()) == 5
-    assert [p.name for p in (root / "two" / "checkpoints").iterdir()] == ["step-00000005.pt"]
+def test_each_share_is_written_by_its_rank_and_the_history_by_the_first(world: World) -> None:
+    """One history with each step once, one checkpoint of as many shards as ranks hold different weights."""
+    assert len((world.output / "fit" / "metrics.jsonl").read_text().splitlines()) == 5
+    (checkpoint,) = (world.output / "fit" / "checkpoints").iterdir()
+    count = len(world.ranks) if world.sharded else 1
+    shards = [f"shard-{rank}-of-{count}.safetensors" for rank in range(count)]
+    assert sorted(path.name for path in checkpoint.iterdir()) == [*shards, "training.json"]
 
 
-def test_checkpoint_of_two_ranks_resumes_on_one(root: Path, one: dict[str, Any]) -> None:
-    """A resized run goes on where the other stopped: the same steps see the same pairs."""
-    _fit(root / "model", root / "mixed", Ranks(), stop=2)
-    assert torch.equal(_fit(root / "model", root / "mixed", Ranks()), one["fit"])
+def test_checkpoint_of_many_ranks_resumes_on_one(world: World, root: Path) -> None:
+    """A resized run goes on where the other stopped: the same steps see the same pairs.
+
+    What is left to do is done with the same numbers as in the world that saved it, to rounding; 1e-3 as above.
+    """
+    resumed = _fit(root, world.output / "stopped", Ranks(), sharded=world.sharded)
+    assert len((world.output / "stopped" / "metrics.jsonl").read_text().splitlines()) == 5
+    wanted = world.ranks[0]["fit"]
+    assert (resumed - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_loss_that_is_not_finite_stops_every_rank(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
+def test_loss_that_is_not_finite_stops_every_rank(world: World, one: dict[str, Any]) -> None:
     """Every rank names the pair and the rank that has it, and none waits for ever."""
     assert "step 7" in one["error"]
     assert "pairs pair-1 (rank 0)" in one["error"]
-    errors = [found["error"] for found in two]
-    assert errors[0] == errors[1]
-    assert re.search(r"not finite at step 7\. Got: pairs pair-1 \(rank [01]\)\.", errors[0])
+    errors = [found["error"] for found in world.ranks]
+    assert len(set(errors)) == 1
+    assert re.search(r"not finite at step 7\. Got: pairs pair-1 \(rank [012]\)\.", errors[0])

@@ -166,27 +166,34 @@ def test_layout_check_refuses_logits_that_are_made_otherwise(policies: dict[str,
         check_layout(unaware)
 
 
+class OtherDecoder:
+    """A model whose decoder is another."""
+
+    def __init__(self, model: Any, decoder: Any) -> None:
+        self._model, self._decoder = model, decoder
+
+    def get_decoder(self) -> Any:
+        return self._decoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._model(**inputs)
+
+
+def _with_decoder(policy: Policy, decoder: Any) -> Policy:
+    return Policy(model=OtherDecoder(policy.model, decoder), adapters=None, folder=policy.folder, device=policy.device)
+
+
 def test_layout_check_refuses_a_decoder_that_takes_no_mask(llama: Policy) -> None:
     """A state-space model's forward, say, raises on arguments that it does not know: refused by name, no traceback."""
-
-    class NoMask(Policy):
-        @property
-        def decoder(self) -> Any:
-            return lambda input_ids: None
-
     with pytest.raises(ModelError, match=r"cannot be trained in packed rows\. Got: TypeError"):
-        check_layout(NoMask(model=llama.model, adapters=None, folder=llama.folder, device=llama.device))
+        check_layout(_with_decoder(llama, lambda input_ids: None))
 
 
 def test_layout_check_refuses_a_model_that_ignores_positions_and_mask(llama: Policy) -> None:
     """Were a decoder to take the row as one plain sequence, answers would see each other."""
-    decoder = llama.decoder
-
-    class Ignores(Policy):
-        @property
-        def decoder(self) -> Any:
-            return lambda input_ids, **_: decoder(input_ids=input_ids, use_cache=False)
-
-    broken = Ignores(model=llama.model, adapters=None, folder=llama.folder, device=llama.device)
+    decoder = llama.model.get_decoder()
     with pytest.raises(ModelError, match="the same number"):
-        check_layout(broken)
+        check_layout(_with_decoder(llama, lambda input_ids, **_: decoder(input_ids=input_ids, use_cache=False)))

@@ -20,7 +20,7 @@ from dpo_train.progress import Reporter
 from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
 from dpo_train.stages.executor import InProcess
 from dpo_train.train.job import TrainJob
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 LOCAL = InProcess()
 
@@ -254,3 +254,27 @@ def test_too_few_heldout_pairs_are_not_judged(config: RunConfig, scored: Artifac
     """n below the minimum is the user's mistake, not a pass."""
     with pytest.raises(DataError, match="Too few held-out pairs"):
         evaluate(with_(config, "evaluate", min_heldout_pairs=10_000), scored, policy, LOCAL)
+
+
+def test_pair_longer_than_a_row_is_refused_before_training(config: RunConfig, scored: Artifact) -> None:
+    """Scored in longer rows than it would be trained in."""
+    with pytest.raises(ConfigError, match=r"longer than a row.*train\.row_tokens=8"):
+        train(with_(config, "train", row_tokens=8), scored, LOCAL)
+
+
+def test_reference_of_another_model_is_refused_before_training(
+    config: RunConfig, scored: Artifact, tmp_path: Path
+) -> None:
+    """By the digest of its folder: nothing has to be computed to see it."""
+    other = tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(ConfigError, match="scored by another model"):
+        train(with_(config, "model", path=str(other)), scored, LOCAL)
+
+
+def test_training_that_keeps_its_best_says_which_step_it_was(config: RunConfig, scored: Artifact) -> None:
+    """The record has the kept step, and its metrics are that step's."""
+    made = train(with_(config, "train", keep="best", evaluate_steps=2, learning_rate=0.05), scored, LOCAL)
+    history = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    best = min((line for line in history if "validation/loss" in line), key=lambda line: line["validation/loss"])
+    assert made.record.details["kept_step"] == best["step"] + 1
+    assert made.record.metrics["validation/loss"] == best["validation/loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 
 from dpo_train.config import LoraConfig, TrainConfig
 from dpo_train.data.pairs import TokenPair
-from dpo_train.errors import NonFiniteLossError, RunError, StoreError
+from dpo_train.errors import NonFiniteLossError, PreemptedError, RunError, StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.model.load import parameter_state
-from dpo_train.train.checkpoint import CHECKPOINT_FOLDER
+from dpo_train.train.checkpoint import WRITER
+from dpo_train.train.job import CHECKPOINT_FOLDER
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
+from dpo_train.train.speed import NAMES as SPEED_NAMES
+from dpo_train.train.state import kept_line
 from tests.tiny import random_pairs, tiny_policy, with_reference
 
 # 14 pairs twice in batches of 4: seven steps, the fourth of which crosses the border of the epochs.
@@ -54,7 +58,7 @@ def job(pairs: list[TokenPair], tmp_path: Path) -> Fit:
         validation_pairs=pairs[14:],
         data_digest="data",
         seed=0,
-        identity="id",
+        origin={"data": "id"},
         folder=_folder(tmp_path, "run"),
     )
 
@@ -72,6 +76,10 @@ def _run(model_folder: Path, job: Fit) -> dict[str, torch.Tensor]:
 
 def _stop_at(step: int) -> Callable[..., None]:
     def report(done: float, *_: Any, **__: Any) -> None:
+        # Steps of a tiny model outrun the disk: what was saved in the background is complete before the next step.
+        for thread in threading.enumerate():
+            if thread.name == WRITER:
+                thread.join()
         if done == step:
             raise InterruptionError
 
@@ -79,9 +87,9 @@ def _stop_at(step: int) -> Callable[..., None]:
 
 
 def _history(job: Fit) -> list[dict[str, float]]:
-    """Without the speed, which no two runs share."""
+    """Without the speed and the memory, which no two runs share."""
     lines = read_history(job.folder / METRICS_FILE)
-    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in SPEED_NAMES} for line in lines]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
@@ -95,7 +103,7 @@ def test_resumed_training_equals_an_unbroken_one_bit_for_bit(
     broken = replace(job, folder=_folder(tmp_path, "broken"))
     with pytest.raises(InterruptionError):
         _run(model_folder, replace(broken, report=_stop_at(5)))
-    assert [p.name for p in (broken.folder / CHECKPOINT_FOLDER).iterdir()] == ["step-00000003.pt"]
+    assert [p.name for p in (broken.folder / CHECKPOINT_FOLDER).iterdir()] == ["step-00000003"]
     first_part = [line["step"] for line in _history(broken)]
     resumed_steps: list[float] = []
     resumed = _run(model_folder, replace(broken, report=lambda done, *_, **__: resumed_steps.append(done)))
@@ -124,12 +132,12 @@ def test_finished_training_is_not_done_again(model_folder: Path, job: Fit) -> No
     assert all(torch.equal(second[name], first[name]) for name in first)
 
 
-def test_checkpoint_of_another_identity_is_refused(model_folder: Path, job: Fit) -> None:
+def test_checkpoint_of_another_origin_is_refused(model_folder: Path, job: Fit) -> None:
     """A folder with a training on other data is not continued, and its history is left alone."""
     _run(model_folder, job)
     before = _history(job)
     with pytest.raises(StoreError, match="made by another training"):
-        _run(model_folder, replace(job, identity="other"))
+        _run(model_folder, replace(job, origin={"data": "other"}))
     assert _history(job) == before
 
 
@@ -198,3 +206,90 @@ def test_training_that_stops_at_a_broken_pair_keeps_its_last_checkpoint(model_fo
     with pytest.raises(NonFiniteLossError, match=rf"step {first_use}\. Got: pairs .* \(rank 0\)"):
         _run(model_folder, broken)
     assert [line["step"] for line in _history(broken)] == list(range(first_use))
+
+
+STOPPING = replace(CONFIG, epochs=6, evaluate_steps=2, schedule="constant", learning_rate=0.05, patience=2)
+
+
+def _first_best(history: list[dict[str, float]], metric: str = "validation/loss") -> dict[str, float]:
+    return min((line for line in history if metric in line), key=lambda line: line[metric])
+
+
+def test_training_stops_when_nothing_gets_better(model_folder: Path, job: Fit) -> None:
+    """At this rate validation gets worse: two measurements after the best one it is over, and all is saved."""
+    _run(model_folder, replace(job, config=STOPPING))
+    history = _history(job)
+    best = _first_best(history)
+    assert len(history) == best["step"] + 1 + 2 * 2 < job.total_steps * 3
+    again = _run(model_folder, replace(job, config=STOPPING, report=_stop_at(1)))
+    assert again
+    assert _history(job) == history
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_training_leaves_the_weights_that_were_asked_for(
+    model_folder: Path, job: Fit, tmp_path: Path, keep: str
+) -> None:
+    """Best: those of the step with the lowest validation loss, as a training that ended there has them."""
+    job = replace(job, config=replace(STOPPING, keep=keep))
+    left = _run(model_folder, job)
+    history = _history(job)
+    kept = _first_best(history) if keep == "best" else history[-1]
+    assert kept_line(history, job.config) == kept
+    until_then = replace(job.config, max_steps=int(kept["step"]) + 1, keep="last", patience=None)
+    wanted = _run(model_folder, replace(job, config=until_then, folder=_folder(tmp_path, "short")))
+    assert all(torch.equal(left[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_best_step_and_patience_survive_a_crash(model_folder: Path, job: Fit, tmp_path: Path, stop: int) -> None:
+    """Wherever it was killed: the same steps, the same kept weights."""
+    job = replace(job, config=replace(STOPPING, keep="best", checkpoint_steps=1))
+    unbroken = _run(model_folder, job)
+    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    with pytest.raises(InterruptionError):
+        _run(model_folder, replace(broken, report=_stop_at(stop)))
+    resumed = _run(model_folder, broken)
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert _history(broken) == _history(job)
+
+
+def test_preempted_training_saves_first_and_goes_on_bit_for_bit(model_folder: Path, job: Fit, tmp_path: Path) -> None:
+    """The machine says at step 2 that it will go, between two checkpoints: nothing is trained twice."""
+    unbroken = _run(model_folder, job)
+    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    asked = iter([False, True])
+    with pytest.raises(PreemptedError, match="saved after 2 steps"):
+        _run(model_folder, replace(broken, is_preempted=lambda: next(asked)))
+    done: list[float] = []
+    resumed = _run(model_folder, replace(broken, report=lambda step, *_, **__: done.append(step)))
+    assert done == [3, 4, 5, 6, 7]
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+def test_falling_chosen_answers_are_told_once(model_folder: Path, job: Fit) -> None:
+    """A rate at which both answers become unlikely: one warning with advice, in the whole training and its resumes."""
+    heard: list[str] = []
+    collapsing = replace(
+        CONFIG, loss="unlikelihood", unlikelihood_alpha=3.0, learning_rate=0.1, warmup_steps=0, lora=None,
+        checkpoint_steps=1, max_grad_norm=1e9,
+    )  # fmt: skip
+    job = replace(job, config=collapsing, tell=heard.append)
+    with pytest.raises(InterruptionError):
+        _run(model_folder, replace(job, report=_stop_at(7)))
+    assert len(heard) == 1
+    assert "train.beta" in heard[0]
+    assert "sft" in heard[0]
+    _run(model_folder, job)
+    assert len(heard) == 1
+    assert min(line["drift/chosen"] for line in _history(job)) < -10
+
+
+def test_speed_and_filling_are_reported_with_every_step(model_folder: Path, job: Fit) -> None:
+    """Rates are positive, a row is never more than full, and the memory is this process's."""
+    _run(model_folder, job)
+    for line in read_history(job.folder / METRICS_FILE):
+        assert line["tokens_per_second"] > line["pairs_per_second"] > 0
+        assert 0 < line["row_fill"] <= 1
+        assert 0.05 < line["peak_memory_gb"] < 50
+        assert "mfu" not in line

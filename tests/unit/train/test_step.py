@@ -181,7 +181,7 @@ def test_router_loss_is_that_of_all_unique_tokens_in_any_rows(tmp_path: Path, fa
     assert _step(without, pairs, replace(config, router_aux_loss=0.0)).aux_loss is None
     row, experts = build_row(pairs), policy.layout.experts
     assert experts is not None
-    logits = policy.decoder(
+    logits = policy.model.get_decoder()(
         input_ids=row.input_ids_T[None], position_ids=row.positions_T[None], use_cache=False, output_router_logits=True,
         attention_mask=policy.layout.masks(row.pair_T, row.part_T, row.positions_T),
     ).router_logits  # fmt: skip

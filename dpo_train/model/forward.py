@@ -1,0 +1,59 @@
+"""A policy's forward over a packed row, as a module, so that FSDP2 can gather its weights around it.
+
+T: tokens of a row, A: answer tokens of a row.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dpo_train.core.logprobs import log_sum_squares, token_logprobs
+from dpo_train.core.router import RouterSums, router_sums
+from dpo_train.model.layout import Layout
+from dpo_train.model.rows import Row
+
+
+class RowLogps(NamedTuple):
+    """What the policy says about a row's answer tokens, all of them on its device."""
+
+    token_logps_A: Tensor
+    log_sum_squares_A: Tensor | None
+    """log of the sum of p^2 over the vocabulary, if it was asked for."""
+    router: RouterSums | None
+    """How the row's tokens chose their experts, if it was asked for."""
+
+
+class PackedForward(nn.Module):
+    """Decoder and vocabulary matrix over one row, logits never stored."""
+
+    def __init__(self, model: Any, layout: Layout, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._layout, self._device = layout, device
+
+    def forward(self, row: Row, *, with_squares: bool, with_router: bool) -> RowLogps:
+        layout, head = self._layout, self.model.get_output_embeddings()
+        experts = layout.experts if with_router else None
+        with autocast(self._device):
+            outputs = self.model.get_decoder()(
+                input_ids=row.input_ids_T[None],
+                position_ids=row.positions_T[None],
+                attention_mask=layout.masks(row.pair_T, row.part_T, row.positions_T),
+                use_cache=False,
+                **({"output_router_logits": True} if experts else {}),
+            )
+            hidden_AD = outputs.last_hidden_state[0][row.source_A]
+            logits: dict[str, Any] = {"bias_V": head.bias, "transform": layout.transform}
+            token_logps_A = token_logprobs(hidden_AD, head.weight, row.target_A, **logits)
+            squares_A = log_sum_squares(hidden_AD, head.weight, **logits) if with_squares else None
+        router = router_sums(outputs.router_logits, experts.top_k) if experts else None
+        return RowLogps(token_logps_A, squares_A, router)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 compute on GPUs; fp32 on CPUs."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()

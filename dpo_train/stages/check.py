@@ -1,0 +1,92 @@
+"""What must fit before a model is loaded: pairs, rows, vocabulary, reference. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_train.errors import ConfigError, DataError, ModelError
+
+SIDES = ("chosen", "rejected")
+
+
+def check_rows(pairs: pa.Table, row_tokens: int, option: str) -> None:
+    """A pair cannot be cut in two: the longest must fit into a row.
+
+    Raises:
+        ConfigError: it does not; the message names the pair and both lengths.
+    """
+    lengths = _lengths(pairs, "prompt", *SIDES)
+    if len(pairs) and (longest := pc.max(lengths).as_py()) > row_tokens:
+        pair_id = pairs["pair_id"][pc.index(lengths, longest).as_py()].as_py()
+        raise ConfigError(
+            "A pair is longer than a row",
+            got=f"pair {pair_id} with {longest} tokens (prompt and both answers), {option}={row_tokens}",
+            fix=f"set {option} to {longest} or more, or lower prepare.max_prompt_tokens or prepare.max_answer_tokens",
+        )
+
+
+def check_model_reads(pairs: pa.Table, model: Path) -> None:
+    """Every token must have a row in the model's embedding, and every position one that the model knows.
+
+    Raises:
+        ModelError: the tokenizer belongs to another model, or a sequence is longer than the model reads.
+    """
+    config = _text_config(model)
+    ids = [pc.max(pc.list_flatten(pairs[f"{part}_ids"])).as_py() for part in ("prompt", *SIDES)]
+    largest = max((found for found in ids if found is not None), default=-1)
+    if (vocabulary := config.get("vocab_size")) is not None and largest >= vocabulary:
+        raise ModelError(
+            f"The tokenizer in {model} does not match its model",
+            got=f"token id {largest}, where the model's vocabulary has {vocabulary}",
+            fix="use the tokenizer that the model was trained with",
+        )
+    longest = max((pc.max(_lengths(pairs, "prompt", side)).as_py() or 0 for side in SIDES), default=0)
+    if (positions := config.get("max_position_embeddings") or config.get("n_positions")) and longest > positions:
+        raise ModelError(
+            f"A prompt with its answer is longer than the model in {model} reads",
+            got=f"{longest} tokens",
+            expected=f"at most {positions}",
+            fix="lower prepare.max_prompt_tokens or prepare.max_answer_tokens",
+        )
+
+
+def check_reference(pairs: pa.Table, path: Path) -> None:
+    """Each answer token must have its reference log-prob.
+
+    Raises:
+        DataError: some pairs have none, or too few; the message counts them and names the first.
+    """
+    for side in SIDES:
+        name = f"reference_{side}_logps"
+        if name not in pairs.column_names:
+            raise DataError(f"{path} holds no reference log-probs", expected=f"a column {name}", fix=_SCORE_AGAIN)
+        present = pc.fill_null(pc.list_value_length(pairs[name]), -1)
+        missing = pc.not_equal(present, pc.list_value_length(pairs[f"{side}_ids"]))
+        if count := pc.sum(missing).as_py():
+            raise DataError(
+                f"The reference in {path} misses pairs",
+                got=f"{count} of {len(pairs)} without one for each token of the {side} answer, the first of them "
+                + pairs["pair_id"][pc.index(missing, True).as_py()].as_py(),
+                fix=_SCORE_AGAIN,
+            )
+
+
+_SCORE_AGAIN = "remove this output and run score-reference again"
+
+
+def _lengths(pairs: pa.Table, *parts: str) -> Any:
+    total: Any = 0
+    for part in parts:
+        total = pc.add(pc.list_value_length(pairs[f"{part}_ids"]), total)
+    return total
+
+
+def _text_config(model: Path) -> dict[str, Any]:
+    file = model / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return dict(content.get("text_config") or content)
