@@ -32,7 +32,9 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     """
     ray = attach()
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from dpo_train.runtime.preemption import ListeningTorchConfig
 
     gpus = int(num_gpus(compute))
     use_gpu = gpus > 0
@@ -50,7 +52,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
         trainer = TorchTrainer(
             _rank,
             train_loop_config={"job": job, "threads": _threads(ray, workers)},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=ListeningTorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
             ),
@@ -75,13 +77,15 @@ def _rank(parameters: dict[str, Any]) -> None:
     """A Ray Train worker."""
     import torch
 
+    from dpo_train.runtime.preemption import is_preempted
+
     torch.set_num_threads(parameters["threads"])
     job: TrainJob = parameters["job"]
     error_file = Path(job.output) / ERROR_FILE
     if error_file.exists():
         return
     try:
-        run_rank(job, Ranks.current())
+        run_rank(job, Ranks.current(), is_preempted=is_preempted)
     except Exception as error:
         if decide(error) is Decision.RAISE:
             _write_down(known_error(error, "A rank failed"), error_file)

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -75,13 +76,36 @@ def test_worker_killed_in_the_middle_resumes_to_the_same_weights(
     EXECUTOR.train(killed)
 
     assert (tmp_path / "was-killed").exists()
-    weights = [load_file(Path(job.output) / "adapter" / "adapter_model.safetensors") for job in (unbroken, killed)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert any(weights[0][name].abs().max() > 0 for name in weights[0] if "lora_B" in name)
+    _assert_same_weights(unbroken, killed)
     losses = [[line["loss"] for line in _history(job)] for job in (unbroken, killed)]
     assert len(losses[0]) == 20
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["adapters", "FSDP2"])
+def test_terminated_worker_saves_first_and_nothing_is_trained_twice(
+    scored: tuple[RunConfig, Artifact], tmp_path: Path, shard: bool
+) -> None:
+    """SIGTERM to one of two workers at step 8, with no checkpoint due before the end: each step is done once.
+
+    Both ranks stop after the same step, and the training goes on from there to the unbroken run's weights.
+    """
+    changes: dict[str, Any] = {"checkpoint_steps": 1000, "lora": None if shard else scored[0].train.lora}
+    unbroken = _job(scored, tmp_path / "unbroken", Reporter(), shard=shard, **changes)
+    terminated = _job(
+        scored, tmp_path / "terminated", TerminateOnce(str(tmp_path / "steps"), str(tmp_path / "was-terminated")),
+        shard=shard, **changes,
+    )  # fmt: skip
+
+    EXECUTOR.train(unbroken)
+    EXECUTOR.train(terminated)
+
+    assert (tmp_path / "was-terminated").exists()
+    steps = [int(line) for line in (tmp_path / "steps").read_text().split()]
+    assert steps == list(range(1, 21))
+    _assert_same_weights(unbroken, terminated)
+    assert [line["loss"] for line in _history(unbroken)] == [line["loss"] for line in _history(terminated)]
 
 
 @pytest.mark.slow
@@ -93,6 +117,34 @@ def test_error_that_a_retry_cannot_mend_is_raised_once(scored: tuple[RunConfig, 
         EXECUTOR.train(job)
 
     assert (tmp_path / "count").read_text() == "x"
+
+
+def _assert_same_weights(one: TrainJob, other: TrainJob) -> None:
+    """Bit for bit, and not those of an untrained policy."""
+    file = "adapter/adapter_model.safetensors" if one.config.lora else "model/model.safetensors"
+    weights = [load_file(Path(job.output) / file) for job in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    if one.config.lora:
+        assert any(weights[0][name].abs().max() > 0 for name in weights[0] if "lora_B" in name)
+    else:
+        base = load_file(Path(one.model.path) / "model.safetensors")
+        assert any(not weights[0][name].equal(base[name]) for name in base)
+
+
+@dataclass(frozen=True)
+class TerminateOnce(Reporter):
+    """Sends SIGTERM to its own process at step 8, the first time; ``path`` lists the steps, ``stage`` remembers."""
+
+    def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
+        with Path(str(self.path)).open("a") as stream:
+            stream.write(f"{done:.0f}\n")
+        if done == 8 and not Path(self.stage).exists():
+            Path(self.stage).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Nothing but steps goes into the file."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +167,18 @@ class RaiseAndCount(Reporter):
         raise NonFiniteLossError("too hot")
 
 
-def _job(scored: tuple[RunConfig, Artifact], output: Path, reporter: Reporter) -> TrainJob:
+def _job(
+    scored: tuple[RunConfig, Artifact], output: Path, reporter: Reporter, *, shard: bool = False, **changes: Any
+) -> TrainJob:
     config, artifact = scored
     output.mkdir()
     return TrainJob(
         model=config.model,
         device="cpu",
-        config=replace(config.train, evaluate_steps=1000),
+        config=replace(config.train, evaluate_steps=1000, **changes),
         seed=0,
         origin={},
-        shard=False,
+        shard=shard,
         scored=str(artifact.path),
         data_digest="data",
         output=str(output),
