@@ -115,7 +115,9 @@ class TrainConfig:
     loss: Loss | Annotated[dict[Loss, Positive], Len(1)] = option(
         "sigmoid", "preference loss (docs/losses.md), or several with their weights: {sigmoid: 1.0, sft: 0.1}"
     )
-    beta: Positive = option(0.1, "strength of the pull towards the reference; a sweep overrides it")
+    beta: Positive = option(
+        0.1, "strength of the pull towards the reference (ipo: tau; orpo: lambda; simpo: scale); a sweep overrides it"
+    )
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = option(
         0.0, "assumed share of wrong labels; with sigmoid it is cDPO, with robust rDPO"
     )
@@ -123,13 +125,15 @@ class TrainConfig:
         "reverse_kl", "between policy and reference (f-DPO, arXiv 2309.16240)"
     )
     divergence_alpha: Annotated[float, Ge(0), Le(1)] = option(
-        0.5, "of the alpha divergence: at 1 the reverse KL, at 0 the forward KL"
+        0.5, "of the alpha divergence: at 1 the reverse KL, at 0 the forward KL (1 minus the paper's alpha)"
     )
     ld_alpha: Annotated[float, Ge(0), Le(1)] | None = option(
         None, "weight of answer tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411); null: 1"
     )
     wpo: bool = option(False, "weight pairs by how likely the policy is to give them (WPO, arXiv 2406.11827)")
-    simpo_margin: Annotated[float, Ge(0)] = option(0.5, "simpo's gamma: mean log-prob that chosen must lie ahead by")
+    simpo_margin: Annotated[float, Ge(0)] = option(
+        0.5, "simpo's gamma: chosen must lead by gamma / beta nats per token (the paper: beta 2 to 2.5)"
+    )
     discopop_tau: Positive = option(0.05, "discopop's temperature")
     unlikelihood_alpha: Annotated[float, Ge(0)] = option(1.0, "unlikelihood's weight of the rejected answer")
     router_aux_loss: Annotated[float, Ge(0)] | None = option(
@@ -300,6 +304,9 @@ def _check(config: RunConfig, origin: str) -> None:
             prepare.heldout_fraction + prepare.validation_fraction >= 1
         ),
         "prepare.max_heldout_pairs is below evaluate.min_heldout_pairs": too_few,
+        "a sweep over beta chooses how near to stay to the reference, at which no loss of train.loss looks": (
+            config.sweep.betas and objective.is_reference_free(train.loss)
+        ),
         "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
             config.sweep.betas and not prepare.validation_fraction
         ),
@@ -314,12 +321,14 @@ def _check(config: RunConfig, origin: str) -> None:
 
 
 def _objective_mistakes(train: TrainConfig) -> list[str]:
+    defaults = {item.name: item.default for item in dataclasses.fields(train)}
     return objective.mistakes(
         train.loss,
         label_smoothing=train.label_smoothing,
         divergence=train.divergence,
         ld_alpha=train.ld_alpha,
         wpo=train.wpo,
+        options=[name for name in (*objective.OPTION_OF, "divergence_alpha") if getattr(train, name) != defaults[name]],
     )
 
 

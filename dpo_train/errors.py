@@ -80,6 +80,10 @@ class PreemptedError(RunError):
     """The machine is about to be taken away; what was done is saved, and the same command goes on from there."""
 
 
+class LostPeerError(RunError):
+    """This rank is well, but another one cannot go on."""
+
+
 class WorkerError(RunError):
     """A Ray worker died or raised an error of its own."""
 

@@ -5,7 +5,7 @@ The equations are in core/loss.py; a test holds both tables to the same names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ class Rule:
 
     smoothing: Literal["none", "possible", "required"] = "none"
     divergence: bool = False
-    """It is built on the difference of both answers' rewards, so that an f-divergence's constant cancels."""
+    """It is made of the difference of both answers' rewards, in which an f-divergence's constant cancels; divided by
+    the answers' lengths it would not."""
     lengths: bool = False
     """It divides by the number of answer tokens."""
     whole_batch: bool = False
@@ -32,7 +33,7 @@ RULES: Mapping[str, Rule] = {
     "sigmoid": Rule(smoothing="possible", divergence=True),
     "robust": Rule(smoothing="possible", divergence=True),
     "hinge": Rule(divergence=True),
-    "ipo": Rule(divergence=True, lengths=True),
+    "ipo": Rule(lengths=True),
     "exo_pair": Rule(smoothing="required", divergence=True),
     "nca_pair": Rule(),
     "bco_pair": Rule(),
@@ -42,13 +43,16 @@ RULES: Mapping[str, Rule] = {
     "apo_zero": Rule(),
     "apo_down": Rule(),
     "discopop": Rule(divergence=True),
-    "sigmoid_norm": Rule(divergence=True, lengths=True),
+    "sigmoid_norm": Rule(lengths=True),
     "sft": Rule(lengths=True, reference_free=True),
     "simpo": Rule(lengths=True, reference_free=True),
     "orpo": Rule(lengths=True, reference_free=True),
     "unlikelihood": Rule(reference_free=True),
 }
 """Every loss that preference_loss knows by name."""
+
+OPTION_OF = {"simpo_margin": "simpo", "discopop_tau": "discopop", "unlikelihood_alpha": "unlikelihood"}
+"""Options that one loss alone reads."""
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -63,6 +67,11 @@ def is_over_batch(kind: Kind) -> bool:
     return any(RULES[name].whole_batch for name in weights_of(kind))
 
 
+def is_reference_free(kind: Kind) -> bool:
+    """Whether no member looks at the reference."""
+    return all(RULES[name].reference_free for name in weights_of(kind) if name in RULES)
+
+
 def mistakes(
     kind: Kind,
     *,
@@ -70,18 +79,33 @@ def mistakes(
     divergence: str = "reverse_kl",
     ld_alpha: float | None = None,
     wpo: bool = False,
+    options: Collection[str] = (),
 ) -> list[str]:
-    """What makes no sense about a combination, each as a sentence that names its parts; empty if all is well."""
+    """What makes no sense about a combination, each as a sentence that names its parts; empty if all is well.
+
+    Args:
+        options: names of those in ``OPTION_OF``, and ``divergence_alpha``, that were set on purpose.
+    """
     names = list(weights_of(kind))
     if not names:
         return ["no loss is named"]
     if unknown := [name for name in names if name not in RULES]:
         return [f"unknown loss {unknown[0]!r}; known: {', '.join(RULES)}"]
     rules = [RULES[name] for name in names]
-    shown = " + ".join(names)
-    found = []
-    if label_smoothing and all(rule.smoothing == "none" for rule in rules):
-        found.append(f"label_smoothing has no meaning with the {shown} loss")
+    # sft may go with anything: it has one answer, and so no label that could be wrong.
+    others = [(name, rule) for name, rule in zip(names, rules, strict=True) if name != "sft" or len(names) == 1]
+    found = [
+        f"label_smoothing has no meaning with the {name} loss"
+        for name, rule in others
+        if label_smoothing and rule.smoothing == "none"
+    ]
+    found += [
+        f"{option} has no meaning without the {name} loss"
+        for option, name in OPTION_OF.items()
+        if option in options and name not in names
+    ]
+    if "divergence_alpha" in options and divergence != "alpha":
+        found.append(f"divergence_alpha has no meaning with the {divergence} divergence")
     found += [
         f"the {name} loss needs a label_smoothing above 0 (its paper takes 1e-3)"
         for name, rule in zip(names, rules, strict=True)
@@ -89,17 +113,17 @@ def mistakes(
     ]
     if divergence != "reverse_kl":
         found += [
-            f"the {divergence} divergence has no meaning with the {name} loss, where its constant does not cancel"
-            for name, rule in zip(names, rules, strict=True)
-            if not (rule.divergence or name == "sft")
+            f"the {divergence} divergence has no meaning with the {name} loss, "
+            + ("which has no reference" if rule.reference_free else "in which its constant does not cancel")
+            for name, rule in others
+            if not rule.divergence
         ]
-        if names == ["sft"]:
-            found.append(f"the {divergence} divergence has no meaning with the sft loss alone")
     if ld_alpha is not None:
         found += [
-            f"ld_alpha has no meaning with the {name} loss, which has no log-ratio to make independent of length"
+            f"ld_alpha has no meaning with the {name} loss, "
+            + ("which has no reference" if rule.reference_free else "which divides by lengths already")
             for name, rule in zip(names, rules, strict=True)
-            if rule.reference_free
+            if rule.reference_free or rule.lengths
         ]
     if wpo:
         found += [

@@ -67,7 +67,7 @@ def log_sum_squares(
 ) -> Tensor:
     """log of the sum over the vocabulary of p^2, at every answer token: float32 [A], without gradient.
 
-    It is the mean of log p when tokens are drawn by p twice, which WPO compares a token's log-prob with
+    The log of the mean of p over tokens that p itself draws, which WPO compares a token's log-prob with
     (arXiv 2406.11827, section 3.2).
     """
     weight_VD = _as_computed(hidden_AD, weight_VD)

@@ -101,8 +101,9 @@ def preference_loss(
         chosen_lengths_P: answer tokens [P]; needed by the losses that divide by them. The same for rejected.
         weights_P: factor of each pair's loss [P], such as ``wpo_weights``.
         divergence: between policy and reference, one of ``DIVERGENCES`` (arXiv 2309.16240).
-        divergence_alpha: of the alpha divergence; towards 1 it becomes the reverse KL.
-        simpo_margin: gamma, in nats, that simpo asks for between both answers.
+        divergence_alpha: of the alpha divergence, in [0, 1]: at 1 the reverse KL, at 0 the forward KL. (1 minus the
+            alpha of arXiv 2309.16240.)
+        simpo_margin: gamma; chosen must lead by gamma / beta nats per token. The paper's beta is 2 to 2.5.
         discopop_tau: temperature of discopop's blend.
         unlikelihood_alpha: weight of the rejected answer.
 
@@ -116,6 +117,10 @@ def preference_loss(
     weights = weights_of(kind)
     wrong = mistakes(kind, label_smoothing=label_smoothing, divergence=divergence, wpo=weights_P is not None)
     wrong += _out_of_range(weights, beta, label_smoothing, divergence)
+    limits = {"divergence_alpha": (divergence_alpha, 0 <= divergence_alpha <= 1)}
+    limits |= {"discopop_tau": (discopop_tau, discopop_tau > 0), "simpo_margin": (simpo_margin, simpo_margin >= 0)}
+    limits |= {"unlikelihood_alpha": (unlikelihood_alpha, unlikelihood_alpha >= 0)}
+    wrong += [f"{name} is out of its range: {value}" for name, (value, is_fine) in limits.items() if not is_fine]
     without_lengths = chosen_lengths_P is None or rejected_lengths_P is None
     if not wrong and without_lengths and (needy := [name for name in weights if RULES[name].lengths]):
         wrong.append(f"the {needy[0]} loss needs chosen_lengths_P and rejected_lengths_P")
@@ -158,17 +163,20 @@ def _out_of_range(weights: Mapping[str, float], beta: float, label_smoothing: fl
 
 
 def _score(ratio_P: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(policy / reference) by its logarithm, less a constant that cancels (arXiv 2309.16240, table 1).
-
-    Exponents are capped at 80, beyond which fp32 overflows.
-    """
+    """f'(policy / reference) by its logarithm, less a constant that cancels (arXiv 2309.16240, table 1)."""
     if divergence == "forward_kl":
-        return 1 - torch.exp(torch.clamp(-ratio_P, max=80.0))
+        return -_expm1(-ratio_P)
     if divergence == "js":
         return math.log(2) + F.logsigmoid(ratio_P)
-    if divergence == "alpha" and abs(alpha - 1) > 1e-6:
-        return (torch.exp(torch.clamp((alpha - 1) * ratio_P, max=80.0)) - 1) / (alpha - 1)
+    if divergence == "alpha" and alpha != 1:
+        return _expm1((alpha - 1) * ratio_P) / (alpha - 1)
     return ratio_P
+
+
+def _expm1(x_P: Tensor) -> Tensor:
+    """e^x - 1, continued beyond 20 as the straight line that it touches there: e^80 is all that fp32 holds, and the
+    slope of an answer that has become impossible must neither vanish nor drown all others."""
+    return torch.expm1(x_P.clamp(max=20.0)) + math.exp(20.0) * torch.relu(x_P - 20.0)
 
 
 def sigmoid(t: Terms) -> Tensor:
@@ -180,7 +188,8 @@ def sigmoid(t: Terms) -> Tensor:
 
 
 def robust(t: Terms) -> Tensor:
-    """rDPO (arXiv 2403.00409): an unbiased estimate of the loss without the share e of flipped labels.
+    """rDPO (arXiv 2403.00409): an unbiased estimate of the loss without the share e of flipped labels. It has no lower
+    bound.
 
     (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e)
     """

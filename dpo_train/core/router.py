@@ -41,6 +41,7 @@ def router_sums(router_logits: Sequence[Tensor], top_k: int) -> RouterSums:
 def aux_loss(chosen_E: Tensor, probability_E: Tensor, total: Tensor) -> Tensor:
     """Load balancing (arXiv 2101.03961, equations 4 to 6): E * sum over experts of share chosen * mean probability.
 
+    As transformers does, and unlike the paper, over the tokens of all layers together rather than layer by layer.
     Linear in ``probability_E``: with ``chosen_E`` and ``total`` of the whole step, the values of rows add up to the
     step's, and so do their gradients.
     """

@@ -1,4 +1,4 @@
-"""Which pairs a step trains on: a pure function of (data digest, seed, batch size, step), never of the machine."""
+"""Which pairs a step trains on: a pure function of (pair ids, seed, batch size, step), never of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def num_steps(num_pairs: int, batch_pairs: int, epochs: int) -> int:
 
 
 def step_pairs(
-    num_pairs: int, batch_pairs: int, step: int, *, epochs: int, seed: int, data_digest: str
+    num_pairs: int, batch_pairs: int, step: int, *, epochs: int, seed: int, pair_ids_digest: str
 ) -> npt.NDArray[np.int64]:
     """Indices of the pairs of one step (counted from 0).
 
@@ -27,7 +27,7 @@ def step_pairs(
     """
     start, stop = step * batch_pairs, min((step + 1) * batch_pairs, num_pairs * epochs)
     first, last = start // num_pairs, (stop - 1) // num_pairs
-    order = [_permutation(num_pairs, epoch, seed, data_digest) for epoch in range(first, last + 1)]
+    order = [_permutation(num_pairs, epoch, seed, pair_ids_digest) for epoch in range(first, last + 1)]
     offset = first * num_pairs
     return np.concatenate(order)[start - offset : stop - offset]
 
@@ -53,6 +53,6 @@ def rank_rows(lengths: Sequence[int], row_tokens: int, world_size: int) -> list[
     return ranks
 
 
-def _permutation(num_pairs: int, epoch: int, seed: int, data_digest: str) -> npt.NDArray[np.int64]:
-    key = hashlib.sha256(f"{data_digest}:{seed}:{epoch}".encode()).digest()
+def _permutation(num_pairs: int, epoch: int, seed: int, pair_ids_digest: str) -> npt.NDArray[np.int64]:
+    key = hashlib.sha256(f"{pair_ids_digest}:{seed}:{epoch}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(num_pairs)

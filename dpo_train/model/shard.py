@@ -26,12 +26,9 @@ def shard(policy: Policy) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(policy.device.type, (torch.distributed.get_world_size(),))
-    # On GPUs weights travel in bf16, in which they compute; gradients are added in fp32.
-    dtypes = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if policy.device.type == "cuda"
-        else MixedPrecisionPolicy()
-    )
+    # No dtypes of its own: autocast decides what is computed in bf16, as it does for the reference and the evaluation.
+    # FSDP2's param_dtype would turn norms and the residual stream into bf16 as well.
+    dtypes = MixedPrecisionPolicy(cast_forward_inputs=False)
     for layer in _layers(policy):
         fully_shard(layer, mesh=mesh, mp_policy=dtypes)
     fully_shard(policy.packed, mesh=mesh, mp_policy=dtypes)
@@ -89,13 +86,23 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_state(policy: Policy) -> dict[str, Any]:
-    """What ``save_policy`` writes, whole and on the CPU; all ranks must ask at once."""
+def whole_state(policy: Policy, *, keep: bool) -> dict[str, Any]:
+    """What ``save_policy`` writes, whole and on the CPU; empty without ``keep``. All ranks must ask at once.
+
+    A rank that does not keep it holds a single weight at a time.
+    """
     module: nn.Module = policy.model if policy.adapters is None else policy.adapters
     names = set(policy.trainable()) if policy.adapters is not None else None
-    state = {}
-    for name, tensor in module.state_dict().items():
+    state: dict[str, Any] = {}
+    done: dict[int, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
         # Under adapters only they are written, and they stand under a longer name there.
-        if names is None or any(name.endswith(trained) for trained in names):
-            state[name] = whole(tensor).detach().cpu()
+        if names is not None and not any(name.endswith(trained) for trained in names):
+            continue
+        # Tied weights are gathered once and stay one tensor, of which one copy is written.
+        if id(tensor) not in done:
+            full = whole(tensor).detach()
+            done[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+        if keep:
+            state[name] = done[id(tensor)]
     return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from dpo_train.errors import DpoError, PreemptedError, WorkerError
+from dpo_train.errors import DpoError, LostPeerError, PreemptedError, WorkerError
 
 
 class Decision(Enum):
@@ -16,13 +16,15 @@ class Decision(Enum):
 
 def decide(error: BaseException) -> Decision:
     """Errors raised on purpose, and bugs, repeat themselves; a lost process or connection does not."""
-    if isinstance(error, PreemptedError):
+    if isinstance(error, PreemptedError | LostPeerError):
         return Decision.RETRY
     if isinstance(error, DpoError):
         return Decision.RAISE
     # What a rank meets when another one dies: torch's own kinds for NCCL, a plain RuntimeError for gloo.
     lost_peer = type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"}
     lost_peer |= isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    # Ray takes the survivors' process group away before it ends them.
+    lost_peer |= isinstance(error, ValueError) and "process group has not been initialized" in str(error)
     transient = isinstance(error, ConnectionError | TimeoutError | EOFError)
     return Decision.RETRY if lost_peer or transient else Decision.RAISE
 
@@ -38,7 +40,12 @@ def cause_of(error: BaseException) -> BaseException:
     current = error
     while id(current) not in seen:
         seen.add(id(current))
-        inner = getattr(current, "cause", None) or getattr(current, "base_exc", None) or current.__cause__
+        inner = (
+            getattr(current, "cause", None)
+            or getattr(current, "base_exc", None)
+            or getattr(current, "_base_exc", None)
+            or current.__cause__
+        )
         if isinstance(current, DpoError) or not isinstance(inner, BaseException):
             break
         current = inner

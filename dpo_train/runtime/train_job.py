@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train.config import ComputeConfig
-from dpo_train.errors import DpoError, WorkerError, decode, encode
+from dpo_train.errors import DpoError, PreemptedError, WorkerError, decode, encode
 from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
 from dpo_train.runtime.session import attach, num_gpus, own_signals
 from dpo_train.train.job import TrainJob
@@ -69,6 +69,9 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     if error_file.is_file():
         raise decode(error_file.read_text(encoding="utf-8"))
     if lost is not None:
+        for failure in getattr(lost, "worker_failures", {}).values():
+            if isinstance(preempted := cause_of(failure), PreemptedError):
+                raise preempted
         cause = cause_of(lost)
         raise WorkerError(f"The training failed on Ray: {type(cause).__name__}: {cause}") from lost
 
@@ -84,10 +87,13 @@ def _rank(parameters: dict[str, Any]) -> None:
     error_file = Path(job.output) / ERROR_FILE
     if error_file.exists():
         return
+    ranks = Ranks.current()
     try:
-        run_rank(job, Ranks.current(), is_preempted=is_preempted)
+        run_rank(job, ranks, is_preempted=is_preempted)
     except Exception as error:
-        if decide(error) is Decision.RAISE:
+        # What a rank meets after its group was taken away follows from another rank's end.
+        alone = torch.distributed.is_available() and not torch.distributed.is_initialized()
+        if decide(error) is Decision.RAISE and not (alone and ranks.world_size > 1):
             _write_down(known_error(error, "A rank failed"), error_file)
         raise
 

@@ -37,6 +37,12 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
         ModelError: the tokenizer belongs to another model, or a sequence is longer than the model reads.
     """
     config = _text_config(model)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        # Beyond this length it computes the whole row at other frequencies: a pair would change its neighbours.
+        config["max_position_embeddings"] = rope.get(
+            "original_max_position_embeddings", config.get("original_max_position_embeddings")
+        )
     ids = [pc.max(pc.list_flatten(pairs[f"{part}_ids"])).as_py() for part in ("prompt", *SIDES)]
     largest = max((found for found in ids if found is not None), default=-1)
     if (vocabulary := config.get("vocab_size")) is not None and largest >= vocabulary:

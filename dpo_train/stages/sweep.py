@@ -76,7 +76,9 @@ def _run_trials(
     betas = sorted(set(config.sweep.betas))
     steps = config.sweep.max_steps or config.train.max_steps
     # Of a trial only its end counts: validation pairs are measured once.
-    section = dataclasses.replace(config.train, max_steps=steps, evaluate_steps=NEVER, keep="last", patience=None)
+    section = dataclasses.replace(
+        config.train, max_steps=steps, evaluate_steps=NEVER, keep="last", patience=None, best_metric="loss"
+    )
     trial_config = dataclasses.replace(config, train=section)
     outputs = {beta: folder / "trials" / f"beta-{beta!r}" for beta in betas}
     reporter = Reporter.from_environment("sweep")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig, to_dict
-from dpo_train.errors import StoreError
+from dpo_train.errors import ConfigError, StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_reference, check_rows
@@ -53,6 +53,11 @@ def train(
             pairs = pq.read_table(scored.path / f"{split}.parquet")
             check_reference(pairs, scored.path)
             check_rows(pairs, section.row_tokens, "train.row_tokens")
+        if not len(pairs) and (section.keep == "best" or section.patience is not None):
+            raise ConfigError(
+                "There are no validation pairs for train.keep=best and train.patience to look at",
+                fix="raise prepare.validation_fraction, or leave both out",
+            )
         executor.train(
             TrainJob(
                 model=config.model,
@@ -61,7 +66,6 @@ def train(
                 seed=config.seed,
                 origin={"config": content, "inputs": inputs},
                 scored=str(scored.path),
-                data_digest=scored.record.digest,
                 output=str(out.path),
                 shard=config.compute.shard == "on" or (config.compute.shard == "auto" and section.lora is None),
                 reporter=reporter or Reporter.from_environment("train"),

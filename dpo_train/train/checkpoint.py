@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_train.artifacts import differences
-from dpo_train.errors import ModelError, RunError, StoreError
+from dpo_train.errors import LostPeerError, ModelError, StoreError
 from dpo_train.model.load import Policy
 from dpo_train.model.shard import like, local, local_start
 from dpo_train.train.job import CHECKPOINT_FOLDER
@@ -63,25 +63,32 @@ class Checkpoints:
         Raises:
             StoreError: it belongs to another training; the message says what differs.
         """
-        if self._ranks.is_first:
-            for leftover in self._folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
-        complete = sorted(file.parent for file in self._folder.glob(f"step-*/{STATE_FILE}"))
-        if not complete:
+        step = int(self._ranks.max(self._newest() if self._ranks.is_first else -1))
+        if step < 0:
             return TrainingState()
-        content = json.loads((complete[-1] / STATE_FILE).read_text(encoding="utf-8"))
+        folder = self._target(step)
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if different := list(differences(content["origin"], self._origin)):
             raise StoreError(
-                f"{complete[-1]} was made by another training",
+                f"{folder} was made by another training",
                 got="; ".join(different[:5]),
                 expected="the same data, reference, model and config",
                 fix=f"remove {self._folder.parent}",
             )
-        with _Shards(complete[-1]) as shards:
+        with _Shards(folder) as shards:
             self._load_parameters(shards)
             self._load_optimizer(shards)
             torch.set_rng_state(shards.read(RANDOM))
         return TrainingState(**content["state"])
+
+    def _newest(self) -> int:
+        """Step of the newest complete checkpoint, or -1; half-written ones are cleared away. The first rank decides for
+        all: two that look for themselves might not see the same."""
+        for leftover in self._folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+        return max(
+            (int(file.parent.name.split("-")[1]) for file in self._folder.glob(f"step-*/{STATE_FILE}")), default=-1
+        )
 
     def save(self, state: TrainingState, *, wait: bool) -> None:
         """Saves the training as it stands. Without ``wait`` it is complete some steps later (``poll``).
@@ -135,7 +142,7 @@ class Checkpoints:
         if writer.error is not None:
             raise writer.error
         if failed:
-            raise RunError("Another rank could not write its share of the checkpoint", fix="see its error in the log")
+            raise LostPeerError("Another rank could not write its share of the checkpoint", fix="see its own error")
         target = self._target(state.step)
         if self._ranks.is_first:
             content = {"origin": self._origin, "state": dataclasses.asdict(state)}
@@ -222,7 +229,9 @@ class _Shards(ExitStack):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._files = [self.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("shard-*.safetensors"))]
+        # By number: as text, shard 10 would come before shard 2, and rows would be put together in that order.
+        paths = sorted(folder.glob("shard-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
+        self._files = [self.enter_context(safe_open(path, "pt")) for path in paths]
         self._rows = [json.loads(file.metadata()["rows"]) for file in self._files]
         self.names = {name for rows in self._rows for name in rows}
 

@@ -23,7 +23,6 @@ class TrainJob:
     origin: Mapping[str, Any]
     """What makes this training this one: config and inputs, by which a checkpoint is known."""
     scored: str
-    data_digest: str
     output: str
     shard: bool
     reporter: Reporter

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from dpo_train.config import TrainConfig
 from dpo_train.core.metrics import means
 from dpo_train.data.batches import num_steps, step_pairs
 from dpo_train.data.pairs import TokenPair
-from dpo_train.errors import PreemptedError, RunError
+from dpo_train.errors import NonFiniteLossError, PreemptedError, RunError
 from dpo_train.metrics_file import METRICS_FILE, History
 from dpo_train.model.load import Policy
 from dpo_train.train.checkpoint import Checkpoints
@@ -35,7 +38,6 @@ class Fit:
     config: TrainConfig
     train_pairs: Sequence[TokenPair]
     validation_pairs: Sequence[TokenPair]
-    data_digest: str
     seed: int
     origin: Mapping[str, Any]
     folder: Path
@@ -50,6 +52,11 @@ class Fit:
         steps = num_steps(len(self.train_pairs), self.config.batch_pairs, self.config.epochs)
         return min(steps, self.config.max_steps or steps)
 
+    @functools.cached_property
+    def _pair_ids_digest(self) -> str:
+        """Of the pairs and nothing else: another version of the code, or another folder, gives the same order."""
+        return hashlib.sha256("\n".join(pair.pair_id for pair in self.train_pairs).encode()).hexdigest()
+
     def batch(self, step: int) -> list[TokenPair]:
         """The pairs of one step, over all ranks."""
         config = self.config
@@ -59,7 +66,7 @@ class Fit:
             step,
             epochs=config.epochs,
             seed=self.seed,
-            data_digest=self.data_digest,
+            pair_ids_digest=self._pair_ids_digest,
         )
         return [self.train_pairs[index] for index in indices]
 
@@ -96,7 +103,7 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
         if history is not None:
             history.append(step, metrics)
             job.report(step + 1, total, "steps", **metrics)
-        _save(checkpoints, state, job, ranks)
+        _save(checkpoints, state, job, ranks, history)
     checkpoints.finish()
     if config.keep == "best" and state.best_step is not None:
         checkpoints.load_parameters(state.best_step)
@@ -110,6 +117,11 @@ def _after_step(
     if job.validation_pairs and (state.step == job.total_steps or state.step % config.evaluate_steps == 0):
         sums = evaluate_pairs(policy, job.validation_pairs, config, ranks)
         metrics |= {VALIDATION + name: value for name, value in means(sums).items()}
+        if not math.isfinite(metrics[VALIDATION + "loss"]):
+            raise NonFiniteLossError(
+                f"The loss on the validation pairs is not finite after {state.step} steps",
+                fix="lower train.learning_rate, or look at these pairs",
+            )
         state = state.evaluated(state.step, metrics, config)
     if not state.warned and _collapses(metrics):
         if ranks.is_first:
@@ -122,7 +134,7 @@ def _after_step(
     return state
 
 
-def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks) -> None:
+def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks, history: History | None) -> None:
     """Saves when it is time to. What must not be lost is waited for: the end, the best weights, the last words."""
     config = job.config
     checkpoints.poll()
@@ -131,6 +143,8 @@ def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks
     # The last step is saved as well: were saving the policy to fail, nothing is trained again.
     must = state.is_over(job.total_steps, config) or is_best or preempted
     if must or state.step % config.checkpoint_steps == 0:
+        if history is not None:
+            history.sync()
         checkpoints.save(state, wait=must)
     if preempted and not state.is_over(job.total_steps, config):
         raise PreemptedError(

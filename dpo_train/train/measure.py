@@ -25,20 +25,30 @@ from dpo_train.train.ranks import Ranks
 
 
 class Measured(NamedTuple):
-    """Each a float tensor [P]; the policy's log-probs carry gradients if the policy does."""
+    """Each a float tensor [P]; the policy's log-probs carry gradients if the policy does.
+
+    With ``ld_alpha`` the loss sees weighted sums; rewards and all other metrics are always those of whole answers.
+    """
 
     chosen_logps_P: Tensor
     rejected_logps_P: Tensor
     reference_chosen_logps_P: Tensor
     reference_rejected_logps_P: Tensor
+    whole_chosen_logps_P: Tensor
+    whole_rejected_logps_P: Tensor
+    chosen_ratio_P: Tensor
+    rejected_ratio_P: Tensor
     chosen_lengths_P: Tensor
     rejected_lengths_P: Tensor
     weights_P: Tensor
     kl_P: Tensor
 
-    def loss(self, config: TrainConfig) -> PreferenceLoss:
-        """The configured loss of these pairs. For a loss over a batch these must be all of the step's."""
-        return preference_loss(
+    def losses(self, config: TrainConfig, *, weighted: bool = True) -> Tensor:
+        """The configured loss of each pair [P]. For a loss over a batch these must be all of the step's.
+
+        Unweighted it can be compared between policies: WPO's weights fall with the policy's own log-probs.
+        """
+        result = preference_loss(
             self.chosen_logps_P,
             self.rejected_logps_P,
             self.reference_chosen_logps_P,
@@ -48,17 +58,19 @@ class Measured(NamedTuple):
             label_smoothing=config.label_smoothing,
             chosen_lengths_P=self.chosen_lengths_P,
             rejected_lengths_P=self.rejected_lengths_P,
-            weights_P=self.weights_P if config.wpo else None,
+            weights_P=self.weights_P if config.wpo and weighted else None,
             divergence=config.divergence,
             divergence_alpha=config.divergence_alpha,
             simpo_margin=config.simpo_margin,
             discopop_tau=config.discopop_tau,
             unlikelihood_alpha=config.unlikelihood_alpha,
         )
+        return result.losses_P
 
-    def sums(self, result: PreferenceLoss, config: TrainConfig) -> Tensor:
+    def sums(self, losses_P: Tensor, config: TrainConfig) -> Tensor:
         """The pairs' metrics, added up (core/metrics.py)."""
-        return pair_sums(result, self.chosen_logps_P, self.rejected_logps_P, self.kl_P, config.beta)
+        result = PreferenceLoss(losses_P, config.beta * self.chosen_ratio_P, config.beta * self.rejected_ratio_P)
+        return pair_sums(result, self.whole_chosen_logps_P, self.whole_rejected_logps_P, self.kl_P, config.beta)
 
 
 class RankRow(NamedTuple):
@@ -98,7 +110,11 @@ def measure_row(
         aligned_P2 = row.answer_sums(policy_A.detach() - result.log_sum_squares_A)
         weights_P = wpo_weights(*aligned_P2.unbind(1), *lengths_P2.unbind(1))
     policy_P2, reference_P2 = (_answer_logps(row, values_A, config) for values_A in (policy_A, reference_A))
-    sides = (side_P for both_P2 in (policy_P2, reference_P2, lengths_P2) for side_P in both_P2.unbind(1))
+    whole_P2 = row.answer_sums(policy_A.detach())
+    # The same sums as the loss's, so that a policy that is its reference has a ratio of exactly zero.
+    ratio_P2 = whole_P2 - row.answer_sums(reference_A)
+    columns = (policy_P2, reference_P2, whole_P2, ratio_P2, lengths_P2)
+    sides = (side_P for both_P2 in columns for side_P in both_P2.unbind(1))
     return Measured._make((*sides, weights_P, kl_P)), result.router
 
 

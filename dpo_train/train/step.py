@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dpo_train.config import TrainConfig
-from dpo_train.core.loss import PreferenceLoss
 from dpo_train.core.metrics import NAMES
 from dpo_train.core.router import RouterSums, aux_loss
 from dpo_train.data.batches import rank_rows
@@ -83,7 +82,7 @@ def train_step(
 def evaluate_pairs(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks) -> Tensor:
     """Sums over all pairs and ranks, without an update."""
     measured, _ = measure_all(policy, pairs, config, ranks)
-    return measured.sums(measured.loss(config), config)
+    return measured.sums(measured.losses(config, weighted=False), config)
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ def _look_ahead(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig,
         return _Ahead(router=router, aux_coef=aux_coef)
     with torch.enable_grad():
         leaves = [logps_P.detach().requires_grad_() for logps_P in measured[:2]]
-        result = measured._replace(chosen_logps_P=leaves[0], rejected_logps_P=leaves[1]).loss(config)
-        slopes = torch.autograd.grad(result.losses_P.sum(), leaves)
-    return _Ahead(result.losses_P.detach(), torch.stack(slopes, dim=1), router, aux_coef)
+        losses_P = measured._replace(chosen_logps_P=leaves[0], rejected_logps_P=leaves[1]).losses(config)
+        slopes = torch.autograd.grad(losses_P.sum(), leaves)
+    return _Ahead(losses_P.detach(), torch.stack(slopes, dim=1), router, aux_coef)
 
 
 def _row_loss(
@@ -126,18 +125,17 @@ def _row_loss(
     row_pairs = [pairs[index] for index in indices]
     measured, router = measure_row(policy, row_pairs, config, with_router=ahead.router is not None)
     if ahead.slopes_P2 is None or ahead.losses_P is None:
-        result = measured.loss(config)
-        loss = result.losses_P.sum()
+        losses_P = measured.losses(config)
+        loss = losses_P.sum()
     else:
-        rewards = [config.beta * (measured[side] - measured[2 + side]).detach() for side in (0, 1)]
-        result = PreferenceLoss(ahead.losses_P[indices], *rewards)
+        losses_P = ahead.losses_P[indices]
         slopes_P2 = ahead.slopes_P2[indices]
         loss = (slopes_P2[:, 0] * measured.chosen_logps_P + slopes_P2[:, 1] * measured.rejected_logps_P).sum()
     if ahead.router is not None and router is not None:
         # The coefficient's term is no mean over pairs: it is scaled as the caller will divide.
         share = aux_loss(ahead.router.chosen_E, router.probability_E, ahead.router.total)
         loss = loss + len(pairs) * ahead.aux_coef * share
-    return loss, measured.sums(result, config)
+    return loss, measured.sums(losses_P, config)
 
 
 @torch.no_grad()
@@ -158,4 +156,4 @@ def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainC
 
 
 def _is_finite(measured: Measured, config: TrainConfig) -> bool:
-    return bool(torch.isfinite(measured.loss(config).losses_P).all())
+    return bool(torch.isfinite(measured.losses(config)).all())

@@ -38,7 +38,6 @@ def run_rank(job: TrainJob, ranks: Ranks, *, is_preempted: Callable[[], bool] = 
             config=job.config,
             train_pairs=load_split(Path(job.scored), "train"),
             validation_pairs=load_split(Path(job.scored), "validation"),
-            data_digest=job.data_digest,
             seed=job.seed,
             origin=job.origin,
             folder=output,
@@ -48,7 +47,7 @@ def run_rank(job: TrainJob, ranks: Ranks, *, is_preempted: Callable[[], bool] = 
         ),
         ranks,
     )
-    state = whole_state(policy) if policy.sharded else None
+    state = whole_state(policy, keep=ranks.is_first) if policy.sharded else None
     if ranks.is_first:
         tokenizer = load_tokenizer(model_folder(job.model.path), trust_remote_code=job.model.trust_remote_code)
         save_policy(policy, output, tokenizer, state)

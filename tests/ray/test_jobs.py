@@ -180,7 +180,6 @@ def _job(
         origin={},
         shard=shard,
         scored=str(artifact.path),
-        data_digest="data",
         output=str(output),
         reporter=reporter,
     )

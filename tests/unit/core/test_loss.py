@@ -12,7 +12,7 @@ import torch
 from dpo_train.config import TrainConfig
 from dpo_train.core.loss import LOSSES, PreferenceLoss, plackett_luce_loss, preference_loss, wpo_weights
 from dpo_train.decoding import section_type
-from dpo_train.objective import RULES, is_over_batch, mistakes
+from dpo_train.objective import DIVERGENCES, RULES, is_over_batch, mistakes
 
 # Policy -10 and -12, reference -11 and -11: log-ratios +1 and -1, so h = 2. At beta 0.1 the logit is 0.2.
 LOGPS = (-10.0, -12.0, -11.0, -11.0)
@@ -101,23 +101,34 @@ def test_loss_is_per_pair_and_not_reduced() -> None:
     assert losses.tolist() == pytest.approx([0.59813887, math.log(2)], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("h", [-1e4, 1e4])
-def test_huge_ratios_stay_finite_in_fp32(kind: str, h: float) -> None:
-    """No exp overflows: at h = -1e4 and beta 1 the DPO loss is 1e4 with slope -1."""
-    chosen = torch.tensor([h], requires_grad=True)
-    zero, one = torch.zeros(1), torch.ones(1)
+@pytest.mark.parametrize(
+    ("kind", "divergence"),
+    [(kind, name) for kind in LOSSES for name in DIVERGENCES if name == "reverse_kl" or RULES[kind].divergence],
+)
+@pytest.mark.parametrize(("chosen", "rejected"), [(-1e4, -5.0), (-5.0, -1e4), (-1e4, -1e4), (-1e-30, -1e-30)])
+def test_huge_ratios_stay_finite_in_fp32(kind: str, divergence: str, chosen: float, rejected: float) -> None:
+    """No exp overflows in a loss or a slope, whichever answer has become impossible or certain."""
+    sides = [torch.tensor([x], requires_grad=True) for x in (chosen, rejected)]
+    reference, one = torch.tensor([-5.0]), torch.ones(1)
     smoothing = 0.1 if RULES[kind].smoothing == "required" else 0.0
     loss = preference_loss(
-        chosen, zero, zero, zero, kind=kind, beta=1.0, label_smoothing=smoothing, chosen_lengths_P=one,
-        rejected_lengths_P=one,
+        *sides, reference, reference, kind=kind, beta=1.0, label_smoothing=smoothing, chosen_lengths_P=one,
+        rejected_lengths_P=one, divergence=divergence,
     ).losses_P  # fmt: skip
     loss.sum().backward()
     assert torch.isfinite(loss).all()
-    assert torch.isfinite(chosen.grad).all()
-    if kind == "sigmoid":
-        assert loss.item() == pytest.approx(max(0.0, -h), rel=1e-6)
-        assert chosen.grad.item() == pytest.approx(-1.0 if h < 0 else 0.0, abs=1e-6)
+    assert all(side.grad is None or torch.isfinite(side.grad).all() for side in sides)
+    if kind == "sigmoid" and divergence == "reverse_kl" and chosen == -1e4 and rejected == -5.0:
+        assert loss.item() == pytest.approx(9995.0, rel=1e-6)
+        assert sides[0].grad.item() == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_alpha_next_to_one_keeps_its_digits_in_fp32() -> None:
+    """(e^x - 1) / x for x = 1e-4: the naive difference loses four digits."""
+    zero = torch.zeros(1)
+    loss = preference_loss(torch.ones(1), zero, zero, zero, beta=1.0, divergence="alpha", divergence_alpha=0.9999)
+    score = -math.expm1(-1e-4) / 1e-4
+    assert loss.losses_P.item() == pytest.approx(math.log1p(math.exp(-score)), rel=1e-6)
 
 
 # Mean log-probs per token: -10/2 = -5 and -12/4 = -3. Log odds of e^-5 and e^-3: -5 + 0.00676075 and -3 + 0.05106918
@@ -238,13 +249,21 @@ def test_losses_of_a_batch_are_known() -> None:
         ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
         ({"label_smoothing": -0.1}, "got -0.1"),
         ({"label_smoothing": 0.1, "kind": "ipo"}, "label_smoothing has no meaning with the ipo loss"),
-        ({"label_smoothing": 0.1, "kind": {"hinge": 1.0, "ipo": 1.0}}, "no meaning with the hinge \\+ ipo loss"),
+        (
+            {"label_smoothing": 0.1, "kind": {"hinge": 1.0, "ipo": 1.0}},
+            "no meaning with the hinge loss; .* the ipo loss",
+        ),
+        ({"label_smoothing": 0.1, "kind": {"sigmoid": 1.0, "hinge": 1.0}}, "no meaning with the hinge loss"),
+        ({"discopop_tau": 0.0, "kind": "discopop"}, "discopop_tau is out of its range: 0.0"),
+        ({"divergence": "alpha", "divergence_alpha": 1.5}, "divergence_alpha is out of its range"),
+        ({"divergence": "js", "kind": "ipo"}, "js divergence has no meaning with the ipo loss, in which its constant"),
+        ({"divergence": "js", "kind": "simpo"}, "the simpo loss, which has no reference"),
         ({"kind": "exo_pair"}, "exo_pair loss needs a label_smoothing above 0"),
         ({"kind": {}}, "no loss is named"),
         ({"kind": {"sigmoid": 0.0}}, "the weight of sigmoid must be positive"),
         ({"divergence": "kl"}, "unknown divergence 'kl'; known: reverse_kl"),
         ({"divergence": "js", "kind": "apo_zero"}, "js divergence has no meaning with the apo_zero loss"),
-        ({"divergence": "js", "kind": "sft"}, "no meaning with the sft loss alone"),
+        ({"divergence": "js", "kind": "sft"}, "no meaning with the sft loss, which has no reference"),
         ({"kind": "aot", "weights_P": torch.ones(1)}, "wpo has no meaning with the aot loss"),
         ({"kind": "ipo", "chosen_lengths_P": None}, "the ipo loss needs chosen_lengths_P"),
     ],
@@ -259,4 +278,20 @@ def test_length_desensitisation_needs_a_log_ratio() -> None:
     """ld_alpha is applied before the loss sees its log-probs, so it is refused with the config."""
     assert mistakes("sigmoid", ld_alpha=0.5) == []
     (found,) = mistakes({"sigmoid": 1.0, "sft": 0.1}, ld_alpha=0.5)
-    assert "ld_alpha has no meaning with the sft loss" in found
+    assert "ld_alpha has no meaning with the sft loss, which has no reference" in found
+    (found,) = mistakes("sigmoid_norm", ld_alpha=0.5)
+    assert "which divides by lengths already" in found
+
+
+def test_option_that_no_loss_reads_is_refused() -> None:
+    """Set on purpose and silently ignored would be a trap."""
+    assert mistakes("simpo", options=["simpo_margin"]) == []
+    (found,) = mistakes("sigmoid", options=["simpo_margin"])
+    assert found == "simpo_margin has no meaning without the simpo loss"
+    (found,) = mistakes("sigmoid", options=["divergence_alpha"])
+    assert "divergence_alpha has no meaning with the reverse_kl divergence" in found
+
+
+def test_smoothing_may_stand_beside_sft() -> None:
+    """sft has one answer, and so no label that could be wrong."""
+    assert mistakes({"sigmoid": 1.0, "sft": 0.1}, label_smoothing=0.1) == []

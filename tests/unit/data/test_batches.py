@@ -18,7 +18,9 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 def _all_steps(num_pairs: int, batch_pairs: int, epochs: int, seed: int = 0, digest: str = "d") -> list[list[int]]:
     steps = range(num_steps(num_pairs, batch_pairs, epochs))
-    return [step_pairs(num_pairs, batch_pairs, k, epochs=epochs, seed=seed, data_digest=digest).tolist() for k in steps]
+    return [
+        step_pairs(num_pairs, batch_pairs, k, epochs=epochs, seed=seed, pair_ids_digest=digest).tolist() for k in steps
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,10 @@ def test_order_is_the_same_in_another_process() -> None:
     """Nothing hangs on the hash seed, on the clock or on a global generator."""
     code = (
         "from dpo_train.data.batches import step_pairs;"
-        "print(step_pairs(100, 10, 13, epochs=2, seed=3, data_digest='x').tolist())"
+        "print(step_pairs(100, 10, 13, epochs=2, seed=3, pair_ids_digest='x').tolist())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == str(step_pairs(100, 10, 13, epochs=2, seed=3, data_digest="x").tolist())
+    assert out.strip() == str(step_pairs(100, 10, 13, epochs=2, seed=3, pair_ids_digest="x").tolist())
 
 
 def test_seed_data_and_epoch_each_change_the_order() -> None:

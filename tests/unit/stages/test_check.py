@@ -61,6 +61,19 @@ def test_what_fits_passes(tmp_path: Path) -> None:
             "longer than the model .* Got: 6 tokens. Expected: at most 5",
         ),
         (
+            lambda folder: check_model_reads(
+                _pairs(),
+                _model(
+                    folder,
+                    max_position_embeddings=99,
+                    rope_scaling={"type": "longrope"},
+                    original_max_position_embeddings=5,
+                ),
+            ),
+            ModelError,
+            "Got: 6 tokens. Expected: at most 5",
+        ),
+        (
             lambda folder: check_reference(_pairs(reference_chosen_logps=[[-1.0], None]), folder),
             DataError,
             "misses pairs. Got: 1 of 2 without one for each token of the chosen answer, the first of them b",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpo_train.config import TrainConfig
 from dpo_train.errors import ModelError, StoreError
@@ -160,3 +162,32 @@ def test_saved_files_hold_no_code(model_folder: Path, tmp_path: Path) -> None:
     _save(tmp_path, 2, policy, optimizer)
     files = {p.name for p in (tmp_path / CHECKPOINT_FOLDER / "step-00000002").iterdir()}
     assert files == {"shard-0-of-1.safetensors", "training.json"}
+
+
+@pytest.mark.parametrize("world_size", [2, 12])
+def test_shards_of_many_ranks_are_put_together_in_their_order(
+    model_folder: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Shard 10 stands after shard 9, though not as text; the first rank's shard has what is whole."""
+    policy, optimizer = _trained(model_folder)
+    _save(tmp_path, 2, policy, optimizer)
+    (whole,) = (tmp_path / CHECKPOINT_FOLDER / "step-00000002").glob("shard-*")
+    tensors, shards = load_file(whole), [({}, {}) for _ in range(world_size)]
+    for name, tensor in tensors.items():
+        if not tensor.shape or name == "random":
+            shards[0][0][name], shards[0][1][name] = tensor, None
+            continue
+        size = -(-len(tensor) // world_size)
+        for rank, (held, rows) in enumerate(shards):
+            start, stop = min(rank * size, len(tensor)), min((rank + 1) * size, len(tensor))
+            held[name], rows[name] = tensor[start:stop].clone(), [start, stop]
+    whole.unlink()
+    for rank, (held, rows) in enumerate(shards):
+        save_file(held, whole.with_name(f"shard-{rank}-of-{world_size}.safetensors"), {"rows": json.dumps(rows)})
+    fresh, fresh_optimizer = _trained(model_folder, steps=0)
+    assert _checkpoints(tmp_path, fresh, fresh_optimizer).resume().step == 2
+    for _ in range(2):
+        wanted = parameter_state(policy)
+        assert all(torch.equal(value, wanted[name]) for name, value in parameter_state(fresh).items())
+        _update(policy, optimizer)
+        _update(fresh, fresh_optimizer)

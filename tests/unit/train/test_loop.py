@@ -56,7 +56,6 @@ def job(pairs: list[TokenPair], tmp_path: Path) -> Fit:
         config=CONFIG,
         train_pairs=pairs[:14],
         validation_pairs=pairs[14:],
-        data_digest="data",
         seed=0,
         origin={"data": "id"},
         folder=_folder(tmp_path, "run"),
@@ -293,3 +292,28 @@ def test_speed_and_filling_are_reported_with_every_step(model_folder: Path, job:
         assert 0 < line["row_fill"] <= 1
         assert 0.05 < line["peak_memory_gb"] < 50
         assert "mfu" not in line
+
+
+def test_validation_that_is_not_finite_stops_the_training(model_folder: Path, job: Fit) -> None:
+    """Else it would be the best value for ever: nothing is less than NaN."""
+    pair = job.validation_pairs[0]
+    broken = replace(pair, reference_chosen_logps=pair.reference_chosen_logps * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="validation pairs is not finite after 4 steps"):
+        _run(model_folder, replace(job, validation_pairs=[broken, *job.validation_pairs[1:]]))
+
+
+def test_history_that_lacks_steps_of_its_checkpoint_is_refused(model_folder: Path, job: Fit) -> None:
+    """A power cut or a person removed lines: told at once, not after the rest of the training."""
+    _run(model_folder, job)
+    file = job.folder / METRICS_FILE
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[2:]))
+    with pytest.raises(StoreError, match=r"lacks steps that its checkpoint has. Got: 5 lines. Expected: 7"):
+        _run(model_folder, job)
+
+
+def test_order_of_pairs_depends_on_the_pairs_alone(job: Fit) -> None:
+    """Another folder, origin or code gives the same batches; another pair gives others."""
+    same = replace(job, folder=job.folder / "elsewhere", origin={"data": "other"})
+    other = replace(job, train_pairs=[replace(job.train_pairs[0], pair_id="new"), *job.train_pairs[1:]])
+    ids = [[pair.pair_id for pair in fitting.batch(1)] for fitting in (job, same, other)]
+    assert ids[0] == ids[1] != ids[2]
