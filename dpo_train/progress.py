@@ -28,9 +28,6 @@ class Reporter:
     def from_environment(cls, stage: str = "") -> Reporter:
         return cls(os.environ.get(ENVIRONMENT_KEY), stage)
 
-    def for_stage(self, stage: str) -> Reporter:
-        return Reporter(self.path, stage)
-
     def event(self, kind: str, **fields: Any) -> None:
         if self.path is None:
             return

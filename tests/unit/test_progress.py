@@ -33,7 +33,7 @@ def test_events_are_followed_as_they_come(tmp_path: Path) -> None:
         "metrics": {"loss": 0.5},
     }
     assert (second["kind"], second["text"]) == ("message", "hello\nworld")
-    reporter.for_stage("evaluate").message("next")
+    Reporter(reporter.path, "evaluate").message("next")
     assert [(event["stage"], event["text"]) for event in follower.new()] == [("evaluate", "next")]
 
 

@@ -72,7 +72,7 @@ def test_steps_appear_while_the_stage_runs_and_once_each(config: RunConfig, tmp_
     reporter.progress(9, 10, "steps", loss=99.0)  # an earlier stage's
     with tracking.following(run_id, events, "train") as logged:
         reporter.progress(1, 3, "steps", loss=0.7)
-        reporter.for_stage("sweep").progress(2, 3, "steps", loss=5.0)
+        Reporter(reporter.path, "sweep").progress(2, 3, "steps", loss=5.0)
         reporter.progress(2, 3, "steps", loss=0.6)
     assert logged == {0, 1}
 
