@@ -42,13 +42,13 @@ def check_made_from(made: Artifact, name: str, source: Artifact) -> None:
         )
 
 
-def check_same_model(config: RunConfig, scored: Artifact) -> None:
-    """The reference must be the model that is trained.
+def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
+    """The reference must be the model that is trained, whose digest is given: to take it reads all weights.
 
     Raises:
         ConfigError: the pairs were scored by another.
     """
-    if scored.record.inputs.get("model") != model_digest(config):
+    if scored.record.inputs.get("model") != digest:
         raise ConfigError(
             f"The pairs in {scored.path} were scored by another model than {config.model.path}",
             fix="run score-reference with this model, or name the model that scored them",

@@ -46,7 +46,7 @@ def train(
     content["seed"] = config.seed
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
 
-    check_same_model(config, scored)
+    check_same_model(config, inputs["model"], scored)
 
     def body(out: Output) -> Summary:
         for split in ("train", "validation"):
