@@ -98,12 +98,19 @@ def _plot_history(report: Report) -> str:
     figure, axes = _figure()
     steps = [line["step"] + 1 for line in report.history]
     axes.plot(steps, [line["loss"] for line in report.history], color="#4477aa", label="loss")
+    measured = [line for line in report.history if "validation/loss" in line]
+    if measured:
+        at, losses = [line["step"] + 1 for line in measured], [line["validation/loss"] for line in measured]
+        axes.plot(at, losses, "o", color="#222222", markersize=4, label="validation loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     right = axes.twinx()
-    right.plot(steps, [line["rewards/margin"] for line in report.history], color="#cc6677", label="reward margin")
-    right.set_ylabel("reward margin")
-    figure.legend(loc="upper center", ncols=2, frameon=False)
+    # Both sides, not their difference alone: a margin may also grow while both answers become unlikely.
+    for side, color, style in (("margin", "#cc6677", "-"), ("chosen", "#228833", "--"), ("rejected", "#aa3377", ":")):
+        values = [line[f"rewards/{side}"] for line in report.history]
+        right.plot(steps, values, style, color=color, label=f"reward {side}" if side == "margin" else side)
+    right.set_ylabel("reward")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     return _png(figure)
 
 
@@ -128,7 +135,7 @@ _PAGE = """<!doctype html>
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
  table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .4rem .6rem; vertical-align: top;
  border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
- img { max-width: 100% } pre { white-space: pre-wrap; margin: 0;
+ .pair { table-layout: fixed } img { max-width: 100% } pre { white-space: pre-wrap; margin: 0;
  font: inherit; unicode-bidi: isolate } .verdict { padding: .8rem 1rem; border-left: .4rem solid } .yes { border-color:
  #228833; background: #eef7ee } .no { border-color: #cc3311; background: #fbeeee } code { font-size: .85em }
 </style></head><body>
@@ -148,9 +155,9 @@ _PAGE = """<!doctype html>
 {% for rule in verdict.rules %}<tr><td>{{ rule.rule }}</td><td>{{ '%.4f' % rule.found }}</td>
 <td>{{ rule.must_exceed }}</td><td>{{ 'passed' if rule.passed else 'failed' }}</td></tr>{% endfor %}</table>
 <h2>Training</h2>
-<p><img alt="Loss and reward margin by step" src="data:image/png;base64,{{ history_plot }}"></p>
+<p><img alt="Loss and rewards by step" src="data:image/png;base64,{{ history_plot }}"></p>
 <h2>Samples</h2>
-{% for sample in report.samples %}<table><tr><th colspan="2"><pre>{{ sample.prompt }}</pre></th></tr>
+{% for sample in report.samples %}<table class="pair"><tr><th colspan="2"><pre>{{ sample.prompt }}</pre></th></tr>
 <tr><th>reference</th><th>policy</th></tr>
 <tr><td><pre>{{ sample.reference }}</pre></td><td><pre>{{ sample.policy }}</pre></td></tr></table>
 {% else %}<p>No samples were asked for.</p>{% endfor %}

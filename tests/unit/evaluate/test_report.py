@@ -41,7 +41,17 @@ def report() -> Report:
         preferences=preferences,
         verdict=judge(preferences.accuracy, preferences.margin, GateConfig()),
         samples=[Sample(prompt=HOSTILE, reference=HOSTILE, policy="fine")],
-        history=[{"step": 0, "loss": 0.69, "rewards/margin": 0.0}, {"step": 1, "loss": 0.6, "rewards/margin": 0.1}],
+        history=[
+            {"step": 0, "loss": 0.69, "rewards/margin": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0},
+            {
+                "step": 1,
+                "loss": 0.6,
+                "rewards/margin": 0.1,
+                "rewards/chosen": -0.1,
+                "rewards/rejected": -0.2,
+                "validation/loss": 0.65,
+            },
+        ],
         identity={"policy": "abc"},
     )
 
