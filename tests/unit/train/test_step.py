@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_train.config import TrainConfig
 from dpo_train.core.metrics import means
@@ -278,3 +279,22 @@ def test_gradient_that_is_not_finite_updates_nothing(model_folder: Path, pairs: 
     with pytest.raises(NonFiniteLossError):
         _step(policy, pairs, rate=1.0)
     assert all(torch.equal(value, before[name]) for name, value in parameter_state(policy).items())
+
+
+@pytest.mark.parametrize("objective", ["plain", "aot", "wpo"])
+def test_device_is_not_waited_for_in_every_row(model_folder: Path, pairs: list[TokenPair], objective: str) -> None:
+    """Reading a number back from a GPU stops it until it has caught up: as often for seven rows as for one."""
+    waits = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+    counts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[-1] += func in waits
+            return func(*args, **(kwargs or {}))
+
+    for row_tokens in (1, 10_000):
+        policy = _moved(model_folder)
+        counts.append(0)
+        with Watch():
+            _step(policy, pairs, replace(CONFIG, row_tokens=row_tokens, **OBJECTIVES.get(objective, {})))
+    assert counts[0] == counts[1] > 0
