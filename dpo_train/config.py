@@ -43,7 +43,7 @@ Alias = Annotated[str, AfterValidator(check_alias)]
 # The names of RULES in objective.py, which a test compares; a type has to spell them out.
 Loss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "orpo", "unlikelihood",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "plackett_luce", "sft", "simpo", "orpo", "unlikelihood",
 ]  # fmt: skip
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -44,6 +44,7 @@ RULES: Mapping[str, Rule] = {
     "apo_down": Rule(),
     "discopop": Rule(divergence=True),
     "sigmoid_norm": Rule(lengths=True),
+    "plackett_luce": Rule(divergence=True),
     "sft": Rule(lengths=True, reference_free=True),
     "simpo": Rule(lengths=True, reference_free=True),
     "orpo": Rule(lengths=True, reference_free=True),

@@ -94,7 +94,8 @@ def preference_loss(
     no gradient here.
 
     Args:
-        policy_chosen_logps_P: float tensor [P]; the other three alike. Only the policy's need a gradient.
+        policy_chosen_logps_P: float tensor [P]; the other three alike. Only the policy's need a gradient. For
+            plackett_luce the rejected ones may be [P, K - 1], from the second-best answer to the worst.
         kind: a key of ``LOSSES``, or several with their weights, such as ``{"sigmoid": 1.0, "sft": 0.1}``.
         beta: strength of the pull towards the reference; ipo's tau, orpo's lambda.
         label_smoothing: assumed share of wrong labels, in [0, 0.5).
@@ -121,6 +122,8 @@ def preference_loss(
     limits |= {"discopop_tau": (discopop_tau, discopop_tau > 0), "simpo_margin": (simpo_margin, simpo_margin >= 0)}
     limits |= {"unlikelihood_alpha": (unlikelihood_alpha, unlikelihood_alpha >= 0)}
     wrong += [f"{name} is out of its range: {value}" for name, (value, is_fine) in limits.items() if not is_fine]
+    if policy_rejected_logps_P.ndim > 1 and set(weights) != {"plackett_luce"}:
+        wrong.append("several rejected answers are for the plackett_luce loss alone")
     without_lengths = chosen_lengths_P is None or rejected_lengths_P is None
     if not wrong and without_lengths and (needy := [name for name in weights if RULES[name].lengths]):
         wrong.append(f"the {needy[0]} loss needs chosen_lengths_P and rejected_lengths_P")
@@ -262,6 +265,16 @@ def discopop(t: Terms) -> Tensor:
     return -F.logsigmoid(logits_P) * torch.sigmoid(-logits_P / t.discopop_tau) + exponential_P
 
 
+def plackett_luce(t: Terms) -> Tensor:
+    """DPO over rankings, equation 20 of arXiv 2305.18290 (appendix A.3); with one rejected answer it is sigmoid.
+
+    -sum over k of log(exp(r_k) / sum over j >= k of exp(r_j)), r = beta * score, from the best answer to the worst.
+    """
+    rewards_PK = t.beta * torch.cat([_columns(t.chosen_score_P), _columns(t.rejected_score_P)], dim=1)
+    remaining_PK = torch.logcumsumexp(rewards_PK.flip(-1), dim=-1).flip(-1)
+    return (remaining_PK - rewards_PK).sum(-1)
+
+
 def sft(t: Terms) -> Tensor:
     """Cross-entropy of the chosen answer, mean over its tokens."""
     return -t.chosen_mean_logp_P
@@ -292,20 +305,9 @@ LOSSES: dict[str, Callable[[Terms], Tensor]] = {
     function.__name__: function
     for function in (
         sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
-        discopop, sigmoid_norm, sft, simpo, orpo, unlikelihood,
+        discopop, sigmoid_norm, plackett_luce, sft, simpo, orpo, unlikelihood,
     )
 }  # fmt: skip
-
-
-def plackett_luce_loss(policy_logps_PK: Tensor, reference_logps_PK: Tensor, *, beta: float = 0.1) -> Tensor:
-    """DPO over rankings, equation 20 of arXiv 2305.18290 (appendix A.3), best answer first. With K = 2 it is sigmoid.
-
-    Returns:
-        float [P]: -sum over k of log(exp(r_k) / sum over j >= k of exp(r_j)), with r = beta * log-ratio.
-    """
-    rewards_PK = beta * (policy_logps_PK - reference_logps_PK)
-    remaining_PK = torch.logcumsumexp(rewards_PK.flip(-1), dim=-1).flip(-1)
-    return (remaining_PK - rewards_PK).sum(-1)
 
 
 def wpo_weights(
@@ -322,6 +324,11 @@ def wpo_weights(
     """
     log_weight_P = chosen_aligned_P / chosen_lengths_P + rejected_aligned_P / rejected_lengths_P
     return torch.exp(log_weight_P).detach()
+
+
+def _columns(values: Tensor) -> Tensor:
+    """[P] or [P, K] as [P, K]."""
+    return values[:, None] if values.ndim == 1 else values
 
 
 def _smoothed(logits_P: Tensor, e: float) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_train.config import TrainConfig
-from dpo_train.core.loss import LOSSES, PreferenceLoss, plackett_luce_loss, preference_loss, wpo_weights
+from dpo_train.core.loss import LOSSES, PreferenceLoss, preference_loss, wpo_weights
 from dpo_train.decoding import section_type
 from dpo_train.objective import DIVERGENCES, RULES, is_over_batch, mistakes
 
@@ -179,25 +179,37 @@ def test_weighted_losses_add_up() -> None:
     assert result.losses_P.item() == pytest.approx(0.8 * 0.5981388693815918 + 0.2 * 5.0, rel=1e-12)
 
 
+def _ranking(policy_PK: torch.Tensor, reference_PK: torch.Tensor, beta: float) -> torch.Tensor:
+    sides = (policy_PK[:, 0], policy_PK[:, 1:], reference_PK[:, 0], reference_PK[:, 1:])
+    return preference_loss(*sides, kind="plackett_luce", beta=beta).losses_P
+
+
 def test_plackett_luce_is_the_probability_of_the_ranking() -> None:
     """Rewards ln 3, ln 2, 0: the ranking has probability 3/6 x 2/3 x 1 = 1/3. Over all six rankings they sum to 1."""
     rewards = [math.log(3), math.log(2), 0.0]
     policy_PK = torch.tensor([rewards], dtype=torch.float64)
-    loss_P = plackett_luce_loss(policy_PK, torch.zeros(1, 3, dtype=torch.float64), beta=1.0)
-    assert loss_P.item() == pytest.approx(math.log(3), rel=1e-12)
+    assert _ranking(policy_PK, torch.zeros_like(policy_PK), 1.0).item() == pytest.approx(math.log(3), rel=1e-12)
     orders = torch.tensor(list(itertools.permutations(rewards)), dtype=torch.float64)
-    assert torch.exp(-plackett_luce_loss(orders, torch.zeros_like(orders), beta=1.0)).sum().item() == pytest.approx(1.0)
+    assert torch.exp(-_ranking(orders, torch.zeros_like(orders), 1.0)).sum().item() == pytest.approx(1.0)
 
 
 def test_plackett_luce_of_two_answers_is_dpo() -> None:
-    """The same value and slopes as sigmoid."""
+    """The same value and slopes as sigmoid, with one rejected answer as a vector or as a column."""
     result, chosen, rejected = _loss(*LOGPS)
     result.losses_P.sum().backward()
     policy_PK = torch.tensor([LOGPS[:2]], dtype=torch.float64, requires_grad=True)
-    loss_P = plackett_luce_loss(policy_PK, torch.tensor([LOGPS[2:]], dtype=torch.float64), beta=0.1)
+    loss_P = _ranking(policy_PK, torch.tensor([LOGPS[2:]], dtype=torch.float64), 0.1)
     loss_P.sum().backward()
     assert loss_P.item() == pytest.approx(result.losses_P.item(), rel=1e-12)
     assert policy_PK.grad[0].tolist() == pytest.approx([chosen.grad.item(), rejected.grad.item()], rel=1e-12)
+    assert _loss(*LOGPS, kind="plackett_luce")[0].losses_P.item() == pytest.approx(result.losses_P.item(), rel=1e-12)
+
+
+def test_several_rejected_answers_are_for_rankings_alone() -> None:
+    """Any other loss would broadcast them without a word."""
+    logps_PK = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="several rejected answers are for the plackett_luce loss alone"):
+        preference_loss(logps_PK[:, 0], logps_PK[:, 1:], logps_PK[:, 0], logps_PK[:, 1:])
 
 
 def test_wpo_weight_is_one_for_a_typical_token() -> None:
