@@ -90,6 +90,8 @@ def _type_text(hint: Any) -> str:
         return " ".join([_type_text(parameters[0]), " and ".join(shown)]).strip()
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, parameters))
+    if origin is dict:
+        return f"mapping of any of these to {_type_text(parameters[1])}"
     if origin is tuple:
         return f"list of {_type_text(parameters[0])}"
     if parameters:
