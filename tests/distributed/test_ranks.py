@@ -163,7 +163,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+# Three ranks on two cores take half a minute: they are part of `make test-all`.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name.startswith("3") else ()) for name in WORLDS],
+)
 def world(root: Path, request: pytest.FixtureRequest) -> World:
     """What each rank of a world found."""
     world_size, sharded = WORLDS[request.param]
