@@ -34,12 +34,12 @@ class Terms:
     rejected_logps_P: Tensor
     reference_chosen_logps_P: Tensor
     reference_rejected_logps_P: Tensor
-    chosen_score_P: Tensor
-    rejected_score_P: Tensor
-    chosen_lengths_P: Tensor
-    rejected_lengths_P: Tensor
+    lengths_P: tuple[Tensor, Tensor] | None
+    """Answer tokens of chosen and rejected; a loss that divides by them is refused without."""
     beta: float
     label_smoothing: float
+    divergence: str
+    divergence_alpha: float
     simpo_margin: float
     discopop_tau: float
     unlikelihood_alpha: float
@@ -51,6 +51,24 @@ class Terms:
     @property
     def rejected_ratio_P(self) -> Tensor:
         return self.rejected_logps_P - self.reference_rejected_logps_P
+
+    @property
+    def chosen_score_P(self) -> Tensor:
+        return _score(self.chosen_ratio_P, self.divergence, self.divergence_alpha)
+
+    @property
+    def rejected_score_P(self) -> Tensor:
+        return _score(self.rejected_ratio_P, self.divergence, self.divergence_alpha)
+
+    @property
+    def chosen_lengths_P(self) -> Tensor:
+        assert self.lengths_P is not None
+        return self.lengths_P[0]
+
+    @property
+    def rejected_lengths_P(self) -> Tensor:
+        assert self.lengths_P is not None
+        return self.lengths_P[1]
 
     @property
     def h_P(self) -> Tensor:
@@ -116,52 +134,51 @@ def preference_loss(
         ValueError: an unknown name, a number out of its range, a combination that makes no sense, or missing lengths.
     """
     weights = weights_of(kind)
-    wrong = mistakes(kind, label_smoothing=label_smoothing, divergence=divergence, wpo=weights_P is not None)
-    wrong += _out_of_range(weights, beta, label_smoothing, divergence)
-    limits = {"divergence_alpha": (divergence_alpha, 0 <= divergence_alpha <= 1)}
-    limits |= {"discopop_tau": (discopop_tau, discopop_tau > 0), "simpo_margin": (simpo_margin, simpo_margin >= 0)}
-    limits |= {"unlikelihood_alpha": (unlikelihood_alpha, unlikelihood_alpha >= 0)}
-    wrong += [f"{name} is out of its range: {value}" for name, (value, is_fine) in limits.items() if not is_fine]
-    if policy_rejected_logps_P.ndim > 1 and set(weights) != {"plackett_luce"}:
-        wrong.append("several rejected answers are for the plackett_luce loss alone")
-    without_lengths = chosen_lengths_P is None or rejected_lengths_P is None
-    if not wrong and without_lengths and (needy := [name for name in weights if RULES[name].lengths]):
-        wrong.append(f"the {needy[0]} loss needs chosen_lengths_P and rejected_lengths_P")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    chosen_ratio_P = policy_chosen_logps_P - reference_chosen_logps_P
-    rejected_ratio_P = policy_rejected_logps_P - reference_rejected_logps_P
-    ones_P = torch.ones_like(policy_chosen_logps_P)
     terms = Terms(
         chosen_logps_P=policy_chosen_logps_P,
         rejected_logps_P=policy_rejected_logps_P,
         reference_chosen_logps_P=reference_chosen_logps_P,
         reference_rejected_logps_P=reference_rejected_logps_P,
-        chosen_score_P=_score(chosen_ratio_P, divergence, divergence_alpha),
-        rejected_score_P=_score(rejected_ratio_P, divergence, divergence_alpha),
-        chosen_lengths_P=ones_P if chosen_lengths_P is None else chosen_lengths_P,
-        rejected_lengths_P=ones_P if rejected_lengths_P is None else rejected_lengths_P,
+        lengths_P=None
+        if chosen_lengths_P is None or rejected_lengths_P is None
+        else (chosen_lengths_P, rejected_lengths_P),
         beta=beta,
         label_smoothing=label_smoothing,
+        divergence=divergence,
+        divergence_alpha=divergence_alpha,
         simpo_margin=simpo_margin,
         discopop_tau=discopop_tau,
         unlikelihood_alpha=unlikelihood_alpha,
     )
+    wrong = mistakes(kind, label_smoothing=label_smoothing, divergence=divergence, wpo=weights_P is not None)
+    if wrong := wrong or _out_of_range(weights, terms):
+        raise ValueError("; ".join(wrong))
     losses_P = torch.stack([weight * LOSSES[name](terms) for name, weight in weights.items()]).sum(0)
     if weights_P is not None:
         losses_P = weights_P * losses_P
-    return PreferenceLoss(losses_P, beta * chosen_ratio_P.detach(), beta * rejected_ratio_P.detach())
+    return PreferenceLoss(losses_P, beta * terms.chosen_ratio_P.detach(), beta * terms.rejected_ratio_P.detach())
 
 
-def _out_of_range(weights: Mapping[str, float], beta: float, label_smoothing: float, divergence: str) -> list[str]:
+def _out_of_range(weights: Mapping[str, float], t: Terms) -> list[str]:
     found = []
-    if not 0 < beta < math.inf:
-        found.append(f"beta must be positive, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        found.append(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-    if divergence not in DIVERGENCES:
-        found.append(f"unknown divergence {divergence!r}; known: {', '.join(DIVERGENCES)}")
+    if not 0 < t.beta < math.inf:
+        found.append(f"beta must be positive, got {t.beta}")
+    if not 0 <= t.label_smoothing < 0.5:
+        found.append(f"label_smoothing must lie in [0, 0.5), got {t.label_smoothing}")
+    if t.divergence not in DIVERGENCES:
+        found.append(f"unknown divergence {t.divergence!r}; known: {', '.join(DIVERGENCES)}")
+    limits = {
+        "divergence_alpha": 0 <= t.divergence_alpha <= 1,
+        "simpo_margin": t.simpo_margin >= 0,
+        "discopop_tau": t.discopop_tau > 0,
+        "unlikelihood_alpha": t.unlikelihood_alpha >= 0,
+    }
+    found += [f"{name} is out of its range: {getattr(t, name)}" for name, is_fine in limits.items() if not is_fine]
     found += [f"the weight of {name} must be positive, got {w}" for name, w in weights.items() if not 0 < w < math.inf]
+    if t.rejected_logps_P.ndim > 1 and set(weights) != {"plackett_luce"}:
+        found.append("several rejected answers are for the plackett_luce loss alone")
+    if t.lengths_P is None and (needy := [name for name in weights if RULES[name].lengths]):
+        found.append(f"the {needy[0]} loss needs chosen_lengths_P and rejected_lengths_P")
     return found
 
 

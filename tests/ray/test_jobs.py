@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -65,12 +66,14 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Artifac
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [8, *Random().sample(range(1, 20), 1)], ids=["step 8", "a random step"])
 def test_worker_killed_in_the_middle_resumes_to_the_same_weights(
-    scored: tuple[RunConfig, Artifact], tmp_path: Path
+    scored: tuple[RunConfig, Artifact], tmp_path: Path, step: int
 ) -> None:
-    """SIGKILL at step 8 of 20, with checkpoints every 5: the weights and the history equal the unbroken run's."""
+    """SIGKILL at any step of 20, with checkpoints every 5: the weights and the history equal the unbroken run's."""
+    print(f"killed at step {step}")
     unbroken = _job(scored, tmp_path / "unbroken", Reporter())
-    killed = _job(scored, tmp_path / "killed", KillOnce(stage=str(tmp_path / "was-killed")))
+    killed = _job(scored, tmp_path / "killed", KillOnce(stage=str(tmp_path / "was-killed"), step=step))
 
     EXECUTOR.train(unbroken)
     EXECUTOR.train(killed)
@@ -149,10 +152,12 @@ class TerminateOnce(Reporter):
 
 @dataclass(frozen=True)
 class KillOnce(Reporter):
-    """Kills its own process at step 8, the first time; ``stage`` is the file that remembers."""
+    """Kills its own process at a step, the first time; ``stage`` is the file that remembers."""
+
+    step: int = 8
 
     def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
-        if done == 8 and not Path(self.stage).exists():
+        if done == self.step and not Path(self.stage).exists():
             Path(self.stage).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
