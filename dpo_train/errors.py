@@ -72,6 +72,10 @@ class DiskFullError(RunError, OSError):
     """The disk filled up while an output was being written; the output does not count as complete."""
 
 
+class StorageUnavailableError(RunError):
+    """Object storage did not do what was asked, however often; the message names the address and the last error."""
+
+
 class NonFiniteLossError(RunError, ArithmeticError):
     """The loss became NaN or infinite; the message names the step, the rank and the pairs."""
 
