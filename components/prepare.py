@@ -6,7 +6,13 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def prepare(config: str, run_id: str, data_digest: str, pairs: dsl.Output[dsl.Dataset]) -> None:
+def prepare(
+    config: str,
+    run_id: str,
+    data_digest: str,
+    pairs: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+) -> None:
     """Validates, tokenises and splits the raw preference data (Ray Data).
 
     Args:
@@ -14,9 +20,11 @@ def prepare(config: str, run_id: str, data_digest: str, pairs: dsl.Output[dsl.Da
         run_id: MLflow's parent run.
         data_digest: of the raw data, so that a cached task is not taken for data that has changed.
         pairs: the validated pairs.
+        report: what came in, what was used, what was not and why.
     """
     from dpo_train import launch
 
     print("raw data", data_digest)
     artifact = launch.run_stage("prepare", launch.parse_config(config), {}, run_id=run_id)
     pairs.uri, pairs.metadata = launch.uri(artifact), launch.metadata(artifact)
+    report.uri, report.metadata = launch.uri(artifact, "report.html"), launch.metadata(artifact)

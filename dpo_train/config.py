@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from dpo_train import objective
 from dpo_train.decoding import apply_override, decode, parse_yaml
@@ -60,28 +60,92 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
-    path: str = option(help="folder in the Hugging Face layout (safetensors), or a hub name")
+    path: str = option(help="folder in the Hugging Face layout (safetensors), here or at s3://, or a hub name")
     trust_remote_code: bool = option(False, "run Python code that ships with the model; leave off unless you wrote it")
 
 
+Format = Literal["auto", "pairs", "hh", "ultrafeedback", "ranking", "shp", "tldr", "arena", "helpsteer"]
+Truncation = Literal["keep_start", "keep_end", "drop"]
+Split = Literal["train", "validation", "heldout"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class SourceConfig:
+    """One set of raw records: where it lies and how it is read."""
+
+    __pydantic_config__ = STRICT
+
+    path: str = option(
+        help="a file, folder or glob (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), here or at s3://; a "
+        "folder that `datasets` saved; or hf://NAME, a data set of the Hugging Face hub"
+    )
+    format: Format = option("auto", "what the records look like (docs/data.md); auto: recognised by their fields")
+    fields: dict[str, str] | None = option(
+        None, "your own columns: {prompt: question, chosen: better, rejected: worse}; a dot goes into nested fields"
+    )
+    pairing: Literal["best_worst", "all", "ranking"] = option(
+        "best_worst",
+        "of ranked or scored answers: the best against the worst, all pairs of different rank, or the whole ranking "
+        "for train.loss=plackett_luce",
+    )
+    min_strength: Annotated[float, Ge(0)] = option(
+        0.0, "reject pairs whose preference is weaker than this (difference of scores, in the data's unit)"
+    )
+    group_key: str | None = option(None, "field whose value keeps records in one split; default: the prompt")
+    split: Split | None = option(None, "put all its pairs into this split; default: by a hash of the group")
+    weight: Positive | None = option(
+        None, "its share of the training pairs, relative to the other sources; what is too much is left out"
+    )
+    hub_config: str | None = option(None, "configuration of a hub data set, where it has several")
+    hub_split: str = option("train", "split of a hub data set, or of one that `datasets` saved, to read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(SourceConfig):
     """raw data -> validated, tokenised, split pairs"""
 
     __pydantic_config__ = STRICT
 
-    path: str = option(help="a .jsonl or .parquet file, or a folder of them, with prompt, chosen and rejected")
-    group_key: str | None = option(None, "field whose value keeps records in one split; default: the prompt")
+    path: str | None = option(  # type: ignore[assignment] # one source by itself, or several under `sources`
+        None,
+        "the raw data: " + SourceConfig.__dataclass_fields__["path"].metadata["help"],
+    )
+    sources: tuple[SourceConfig, ...] = option(
+        (),
+        "several sources instead of prepare.path, each with keys of its own: path, format, fields, weight, split, ...",
+    )
     validation_fraction: Fraction = option(0.1, "share of the groups kept apart for choosing beta")
     heldout_fraction: Fraction = option(0.1, "share of the groups kept apart for the final evaluation")
     max_train_pairs: Count | None = option(None, "use at most this many training pairs (a seeded choice); default: all")
     max_validation_pairs: Count | None = option(None, "the same for validation")
     max_heldout_pairs: Count | None = option(None, "the same for held-out pairs")
-    max_prompt_tokens: Count = option(1024, "a longer prompt is rejected")
-    max_answer_tokens: Count = option(512, "a longer answer is cut at its end, and counted")
     template: Literal["chat", "plain"] = option(
         "chat", "chat: the tokenizer's chat template; plain: the prompt's text as it is, continued by the answer"
     )
+    chat_template: str | None = option(None, "a Jinja file to use instead of the tokenizer's own chat template")
+    template_options: dict[str, JsonValue] | None = option(
+        None, "variables for the chat template, such as {enable_thinking: false}"
+    )
+    max_prompt_tokens: Count = option(1024, "longest prompt; prompt_truncation says what happens to a longer one")
+    max_answer_tokens: Count = option(512, "longest answer; answer_truncation says what happens to a longer one")
+    prompt_truncation: Truncation = option(
+        "drop", "of a prompt that is too long: keep its start, its end (the latest turns), or drop the pair"
+    )
+    answer_truncation: Truncation = option("keep_start", "the same for an answer")
+    evaluation_prompts: str | None = option(
+        None, "file of prompts that no pair may share an n-gram with: JSON lines with `prompt`, or a prompt a line"
+    )
+    evaluation_ngram: Count = option(13, "words in a row that count as overlap with an evaluation prompt")
+    report_examples: Annotated[int, Ge(0), Le(50)] = option(3, "examples of each kind in the report")
+    redact: bool = option(False, "keep the texts of records out of report and rejections: lengths and reasons only")
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, also where there is only ``path``."""
+        if self.path is None:
+            return self.sources
+        names = [item.name for item in dataclasses.fields(SourceConfig)]
+        return (SourceConfig(**{name: getattr(self, name) for name in names}),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +285,22 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Object storage behind s3://. Credentials come from the environment or the machine's role, never from here.
+
+    Never part of an output's identity.
+    """
+
+    __pydantic_config__ = STRICT
+
+    endpoint: str | None = option(None, "address of an S3 server that is not Amazon's; default: AWS_ENDPOINT_URL")
+    region: str | None = option(None, "its region; default: AWS_REGION")
+    anonymous: bool = option(False, "read public buckets without credentials")
+    attempts: Count = option(6, "how often a request is tried before the run fails, with growing pauses in between")
+    cache: str | None = option(None, "folder for local copies; default: DPO_CACHE, else ~/.cache/dpo")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """MLflow. Never part of an output's identity."""
 
@@ -236,7 +316,7 @@ class RunConfig:
 
     __pydantic_config__ = STRICT
 
-    store: str = option("dpo-store", "folder that holds every output, at <store>/<stage>/<digest>")
+    store: str = option("dpo-store", "folder, here or at s3://, that holds every output, at <store>/<stage>/<digest>")
     seed: Seed = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
     model: ModelConfig = field(metadata={"help": "the model to align"})
     prepare: PrepareConfig = field(metadata={"help": "raw data to pairs"})
@@ -246,6 +326,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"help": "held-out evaluation"})
     register: RegisterConfig = field(default_factory=RegisterConfig, metadata={"help": "MLflow registration"})
     compute: ComputeConfig = field(default_factory=ComputeConfig, metadata={"help": "where it runs"})
+    storage: StorageConfig = field(default_factory=StorageConfig, metadata={"help": "object storage"})
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={"help": "MLflow tracking"})
 
 
@@ -299,7 +380,7 @@ def _check(config: RunConfig, origin: str) -> None:
     too_few = prepare.max_heldout_pairs is not None and prepare.max_heldout_pairs < config.evaluate.min_heldout_pairs
     wrong = {
         "train.weight_decay has no meaning with rmsprop": train.weight_decay and train.optimizer != "adamw",
-        "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not prepare.heldout_fraction,
+        "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not _may_hold(prepare, "heldout"),
         "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
             prepare.heldout_fraction + prepare.validation_fraction >= 1
         ),
@@ -308,16 +389,70 @@ def _check(config: RunConfig, origin: str) -> None:
             config.sweep.betas and objective.is_reference_free(train.loss)
         ),
         "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
-            config.sweep.betas and not prepare.validation_fraction
+            config.sweep.betas and not _may_hold(prepare, "validation")
         ),
         "train.keep=best and train.patience need validation pairs, but prepare.validation_fraction is 0": (
-            (train.keep == "best" or train.patience is not None) and not prepare.validation_fraction
+            (train.keep == "best" or train.patience is not None) and not _may_hold(prepare, "validation")
         ),
-        "store and prepare.path must be local paths so far": "://" in config.store or "://" in prepare.path,
+        "prepare needs prepare.path or prepare.sources, and only one of them": (
+            (prepare.path is None) == (not prepare.sources)
+        ),
+        "prepare.weight has no meaning without other sources": prepare.weight is not None and not prepare.sources,
+        **{
+            f"with prepare.sources, prepare.{name} is set for each source": bool(prepare.sources)
+            for name in _source_keys_of(prepare)
+        },
+        "either every source has a weight or none": (
+            len({source.weight is None for source in prepare.sources if source.split in {None, "train"}}) > 1
+        ),
+        "prepare.chat_template and prepare.template_options have no meaning with prepare.template=plain": (
+            prepare.template == "plain" and (prepare.chat_template is not None or prepare.template_options)
+        ),
+        **{
+            f"prepare.pairing=ranking: {text}": any(s.pairing == "ranking" for s in prepare.all_sources)
+            for text in ranking_mistakes(train)
+        },
+        **{
+            f"{where} has an address that is not s3:// or a path: {path}": is_so
+            for where, path, is_so in _places(config)
+        },
     }
     found = [f"train: {text}" for text in _objective_mistakes(train)] + [text for text, is_so in wrong.items() if is_so]
     if found:
         raise ConfigError(f"{origin} contradicts itself: {'; '.join(found)}")
+
+
+def ranking_mistakes(train: TrainConfig) -> list[str]:
+    """What of a training knows two answers alone, and so cannot be given rankings; each as a sentence."""
+    losses = list(objective.weights_of(train.loss))
+    wrong = {
+        f"train.loss={' + '.join(losses)} sees two answers, plackett_luce alone sees all": losses != ["plackett_luce"],
+        "train.ld_alpha compares the lengths of two answers": train.ld_alpha is not None,
+        "train.wpo weighs by two answers": train.wpo,
+    }
+    return [text for text, is_so in wrong.items() if is_so]
+
+
+def _source_keys_of(prepare: PrepareConfig) -> list[str]:
+    """The keys of a source that are set beside ``sources``, where nobody would read them."""
+    items = [item for item in dataclasses.fields(SourceConfig) if item.name != "path"]
+    return [item.name for item in items if getattr(prepare, item.name) != item.default]
+
+
+def _may_hold(prepare: PrepareConfig, split: str) -> bool:
+    """Whether a split gets pairs: by its fraction, or from a source that all goes there."""
+    fraction = {"heldout": prepare.heldout_fraction, "validation": prepare.validation_fraction}[split]
+    sources = prepare.all_sources
+    return any(source.split == split or (source.split is None and fraction > 0) for source in sources)
+
+
+def _places(config: RunConfig) -> list[tuple[str, str, bool]]:
+    """Every address of the config, and whether it is of a kind that we cannot read or write."""
+    places = [
+        ("store", config.store, ("s3",)),
+        *(("prepare", s.path, ("s3", "hf")) for s in config.prepare.all_sources),
+    ]
+    return [(where, path, "://" in path and path.split("://")[0] not in kinds) for where, path, kinds in places]
 
 
 def _objective_mistakes(train: TrainConfig) -> list[str]:
@@ -338,13 +473,26 @@ def _absolute(config: RunConfig) -> RunConfig:
     # A hub name ("org/model") stays as it is unless a folder of that name exists here.
     if model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists():
         model_path = _absolute_path(model_path)
+    prepare = config.prepare
+    prepare = replace(
+        prepare,
+        path=_absolute_or_none(prepare.path),
+        sources=tuple(replace(source, path=_absolute_path(source.path)) for source in prepare.sources),
+        chat_template=_absolute_or_none(prepare.chat_template),
+        evaluation_prompts=_absolute_or_none(prepare.evaluation_prompts),
+    )
     return replace(
         config,
-        store=_absolute_path(config.store),
+        store=_absolute_path(config.store.rstrip("/") or "/"),
         model=replace(config.model, path=model_path),
-        prepare=replace(config.prepare, path=_absolute_path(config.prepare.path)),
+        prepare=prepare,
+        storage=replace(config.storage, cache=_absolute_or_none(config.storage.cache)),
     )
 
 
 def _absolute_path(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_or_none(path: str | None) -> str | None:
+    return None if path is None else _absolute_path(path)

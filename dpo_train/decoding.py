@@ -83,7 +83,9 @@ def walk_options(kind: type, prefix: str = "") -> list[tuple[str, dataclasses.Fi
 
 
 def section_type(hint: Any) -> type | None:
-    """The dataclass behind a field's type (``X`` or ``X | None``), or None for a plain value."""
+    """The dataclass behind a field's type (``X`` or ``X | None``), or None for a plain value or a list."""
+    if typing.get_origin(hint) is tuple:
+        return None
     for candidate in (hint, *typing.get_args(hint)):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
@@ -135,10 +137,27 @@ def _is_union_tag(part: str) -> bool:
     return not part.isidentifier() or part[0].isupper() or part in {"int", "float", "str", "bool"}
 
 
+def _item_type(kind: type, loc: tuple[Any, ...]) -> type | None:
+    """The dataclass of the items of the list in which a problem lies."""
+    for name in loc[:-2]:
+        hint = typing.get_type_hints(kind).get(name)
+        if typing.get_origin(hint) is tuple:
+            return section_type(typing.get_args(hint)[0])
+        inner = section_type(hint)
+        if inner is None:
+            return None
+        kind = inner
+    return None
+
+
 def _explain(problem: dict[str, Any], kind: type) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
         known = [key for key, _ in walk_options(kind)]
+        if len(problem["loc"]) > 2 and isinstance(problem["loc"][-2], int):
+            # In an item of a list the keys are those of the item.
+            item = _item_type(kind, problem["loc"])
+            known = [f"{key.rpartition('.')[0]}.{name}" for name, _ in walk_options(item)] if item else []
         near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
             key.split(".")[-1], [k.split(".")[-1] for k in known], n=1
         )

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dpo_train.artifacts import RECORD_FILE, Artifact, open_artifact
+from dpo_train import storage
+from dpo_train.artifacts import Artifact, complete_below, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import DpoError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
@@ -57,7 +58,7 @@ class Result:
     @property
     def report(self) -> Path:
         """The report for people."""
-        return self.artifacts["evaluate"].path / "report.html"
+        return self.artifacts["evaluate"].file("report.html")
 
     @property
     def model_uri(self) -> str:
@@ -110,6 +111,20 @@ def check_tracking(config: RunConfig) -> None:
             del os.environ[key]
 
 
+def check_store(config: RunConfig, output: str | None = None) -> None:
+    """Tries whether the store, and the output's own place if one is named, can be written.
+
+    Raises:
+        StoreError: it cannot.
+    """
+    from dpo_train.artifacts import check_writable
+
+    use_storage(config)
+    check_writable(config.store)
+    if output is not None and storage.is_remote(output):
+        check_writable(output)
+
+
 def check_inputs(config: RunConfig) -> str:
     """Looks for data and model.
 
@@ -119,14 +134,16 @@ def check_inputs(config: RunConfig) -> str:
     Raises:
         UserError: one of them is missing, unreadable, or the store cannot be written.
     """
-    from dpo_train.artifacts import check_writable
     from dpo_train.data.folder import model_folder
-    from dpo_train.data.sources import data_digest, list_files
+    from dpo_train.data.sources import plan
+    from dpo_train.stages.prepare import data_digests
 
-    check_writable(Path(config.store))
-    list_files(Path(config.prepare.path))
+    check_store(config)
+    for index, source in enumerate(config.prepare.all_sources):
+        plan(source, index)
     model_folder(config.model.path)
-    return data_digest(Path(config.prepare.path))
+    digests = data_digests(config.prepare.all_sources)
+    return "-".join(digests.values())
 
 
 def resolve_device(config: RunConfig) -> RunConfig:
@@ -152,9 +169,10 @@ def run(config: RunConfig) -> Result:
 
     config = resolve_device(config)
     check_inputs(config)
+    check_tracking(config)
     artifacts: dict[str, Artifact] = {}
     with session(config):
-        run_id = open_run(config, Path(config.store).name)
+        run_id = open_run(config, config.store.rstrip("/").rpartition("/")[2])
         for stage, needed in INPUTS.items():
             inputs = {name: artifacts[name] for name in needed}
             artifacts[stage] = run_stage(stage, config, inputs, run_id=run_id)
@@ -175,7 +193,13 @@ def session(config: RunConfig) -> Iterator[None]:
 
 def stored(config: RunConfig, address: str) -> Artifact:
     """The complete output at ``<stage>/<digest>`` in the store."""
-    return open_artifact(Path(config.store) / address)
+    use_storage(config)
+    return open_artifact(storage.join(config.store, address))
+
+
+def use_storage(config: RunConfig) -> None:
+    """Makes the config's section on object storage this process's."""
+    storage.use(storage.Options(**dataclasses.asdict(config.storage)))
 
 
 def run_stage(
@@ -184,7 +208,7 @@ def run_stage(
     inputs: Mapping[str, Artifact],
     *,
     run_id: str | None = None,
-    output: Path | None = None,
+    output: Path | str | None = None,
 ) -> Artifact:
     """One stage, with its events and its MLflow run.
 
@@ -200,12 +224,13 @@ def run_stage(
     reporter = Reporter.from_environment(stage)
     reporter.event("start")
     start = time.perf_counter()
-    with store_lock(Path(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
+    use_storage(config)
+    with store_lock(local_copy(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
         artifact = _tracked(stage, config, inputs, run_id, output, events)
         Reporter(str(events), stage).event(
             "end",
             address=artifact.address,
-            path=str(artifact.path),
+            path=artifact.home,
             reused=artifact.reused,
             seconds=time.perf_counter() - start,
             summary=summary(artifact),
@@ -218,7 +243,7 @@ def _tracked(
     config: RunConfig,
     inputs: Mapping[str, Artifact],
     run_id: str | None,
-    output: Path | None,
+    output: Path | str | None,
     events: Path,
 ) -> Artifact:
     """The stage within its MLflow run."""
@@ -229,7 +254,7 @@ def _tracked(
     try:
         with tracking.following(stage_run, events, stage) as logged:
             artifact = _call(stage, config, inputs, tracking, stage_run, output)
-        _log(tracking, stage_run, artifact, logged)
+        _log(config, tracking, stage_run, artifact, logged)
         tracking.end(stage_run, "FINISHED")
         if run_id and stage == "register":
             tracking.end(run_id, "FINISHED")
@@ -259,7 +284,8 @@ def _told(reporter: Reporter) -> Iterator[None]:
 
 def uri(artifact: Artifact, file: str = "") -> str:
     """Where the output lies, for Kubeflow's page. Percent-encoded: kfp.local would take ``{{$`` for a placeholder."""
-    return (artifact.path / file).as_uri()
+    place = storage.join(artifact.home, file) if file else artifact.home
+    return place if storage.is_remote(place) else Path(place).as_uri()
 
 
 def metadata(artifact: Artifact) -> dict[str, str]:
@@ -299,7 +325,7 @@ def _call(
     inputs: Mapping[str, Artifact],
     tracking: Tracking,
     stage_run: str,
-    output: Path | None,
+    output: Path | str | None,
 ) -> Artifact:
     from dpo_train import stages
 
@@ -349,7 +375,8 @@ def _events(config: RunConfig, run_id: str | None) -> Iterator[Path]:
     if path := os.environ.get(ENVIRONMENT_KEY):
         yield Path(path)
         return
-    folder = RunFolder(Path(config.store) / RUNS / run_id) if run_id else RunFolder.create(Path(config.store))
+    store = local_copy(config.store)
+    folder = RunFolder(store / RUNS / run_id) if run_id else RunFolder.create(store)
     folder.path.mkdir(parents=True, exist_ok=True)
     os.environ[ENVIRONMENT_KEY] = str(folder.events)
     try:
@@ -358,18 +385,44 @@ def _events(config: RunConfig, run_id: str | None) -> Iterator[Path]:
         del os.environ[ENVIRONMENT_KEY]
 
 
-def _log(tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:
-    """Completes the stage's run, and under a sweep adds a run for each trial."""
+def _history(artifact: Artifact) -> list[dict[str, float]]:
     from dpo_train.metrics_file import METRICS_FILE, read_history
 
-    history = read_history(artifact.path / METRICS_FILE)
+    return read_history(artifact.file(METRICS_FILE)) if METRICS_FILE in artifact.record.files else []
+
+
+def raw_data(config: RunConfig, artifact: Artifact) -> dict[str, tuple[str, str]]:
+    """By name the place and the digest of each source."""
+    sources = config.prepare.all_sources
+    digests = [digest for name, digest in sorted(artifact.record.inputs.items(), key=_number) if _is_data(name)]
+    names = [source.path.rstrip("/").rpartition("/")[2] or source.path for source in sources]
+    return {
+        name if names.count(name) == 1 else f"{name} ({index})": (source.path, digest)
+        for index, (name, source, digest) in enumerate(zip(names, sources, digests, strict=True))
+    }
+
+
+def _is_data(name: str) -> bool:
+    return name == "data" or name.startswith("data/")
+
+
+def _number(item: tuple[str, str]) -> int:
+    """``data/10`` comes after ``data/9``."""
+    return int(item[0].removeprefix("data/")) if item[0].startswith("data/") else 0
+
+
+def _log(config: RunConfig, tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:
+    """Completes the stage's run, and under a sweep adds a run for each trial."""
+    history = _history(artifact)
     tracking.log_history(stage_run, [line for line in history if int(line["step"]) not in logged], logged)
     tracking.log_artifact(stage_run, artifact, history)
-    for folder in sorted((artifact.path / "trials").glob("*")):
-        if (folder / RECORD_FILE).is_file() and not artifact.reused:
-            trial = open_artifact(folder)
-            trial_run = tracking.start_run(folder.name, parent=stage_run, tags={"dpo.kind": "trial"})
-            trial_history = read_history(folder / METRICS_FILE)
-            tracking.log_history(trial_run, trial_history, set())
-            tracking.log_artifact(trial_run, trial, trial_history)
-            tracking.end(trial_run, "FINISHED")
+    if artifact.record.stage == "prepare":
+        tracking.log_data(stage_run, raw_data(config, artifact), artifact.record.counts)
+    is_new_sweep = artifact.record.stage == "sweep" and not artifact.reused
+    for home in complete_below(storage.join(artifact.home, "trials")) if is_new_sweep else ():
+        trial = open_artifact(home)
+        trial_run = tracking.start_run(storage.name_of(home), parent=stage_run, tags={"dpo.kind": "trial"})
+        trial_history = _history(trial)
+        tracking.log_history(trial_run, trial_history, set())
+        tracking.log_artifact(trial_run, trial, trial_history)
+        tracking.end(trial_run, "FINISHED")

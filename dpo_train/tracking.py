@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpo_train import storage
 from dpo_train.artifacts import RECORD_FILE, Artifact, is_disk_full
 from dpo_train.config import RunConfig, to_dict
-from dpo_train.errors import DiskFullError, DpoError, MissingPackageError, UserError, first_line
+from dpo_train.errors import ConfigError, DiskFullError, DpoError, MissingPackageError, UserError, first_line
 from dpo_train.progress import Follower
 
 FOLLOW_SECONDS = 2.0
@@ -28,6 +30,8 @@ _PARAMETERS = 100  # and of parameters
 
 FILES = ("report.html", "report.json", "trials.json", "rejections.jsonl")
 """Small files of an output that people want to see beside the run."""
+MOST_BYTES = 32 << 20
+"""A larger one stays in the store: a list of a million rejections is not for a browser."""
 
 
 class TrackingError(UserError):
@@ -36,7 +40,13 @@ class TrackingError(UserError):
 
 def tracking_uri(config: RunConfig) -> str:
     """``tracking.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in the store: no server needed."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.store}/mlflow.db"
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None and storage.is_remote(config.store):
+        raise ConfigError(
+            f"MLflow needs an address of its own: the store {config.store} cannot hold its database",
+            fix="set tracking.uri or MLFLOW_TRACKING_URI to a server, or to sqlite:////a/path/mlflow.db",
+        )
+    return uri or f"sqlite:///{config.store}/mlflow.db"
 
 
 def redacted(uri: str) -> str:
@@ -124,7 +134,7 @@ class Tracking:
         metrics = [Metric(name, value, now, 0) for name, value in numbers.items() if name not in skip]
         tags = {
             "dpo.stage": record.stage,
-            "dpo.output": str(artifact.path),
+            "dpo.output": artifact.home,
             "dpo.digest": record.digest,
             "dpo.reused": str(artifact.reused).lower(),
             "dpo.code_version": record.code_version,
@@ -134,9 +144,32 @@ class Tracking:
             self._log_parameters(run_id, flatten(record.config))
             finite = [metric for metric in metrics if math.isfinite(metric.value)]
             self.client.log_batch(run_id, metrics=finite, tags=[RunTag(k, v) for k, v in tags.items()])
-            for name in (RECORD_FILE, *FILES):
-                if (artifact.path / name).is_file():
-                    self.client.log_artifact(run_id, str(artifact.path / name))
+            self.client.log_dict(run_id, asdict(record), RECORD_FILE)
+            for name in FILES:
+                if record.files.get(name, MOST_BYTES) < MOST_BYTES:
+                    self.client.log_artifact(run_id, str(artifact.file(name)))
+
+    def log_data(self, run_id: str, sources: Mapping[str, tuple[str, str]], counts: Mapping[str, int]) -> None:
+        """The raw data as inputs of the run: by name, where they lie and the digest of their content."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        shown = json.dumps({name: counts[name] for name in ("records", "used", "rejected") if name in counts})
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    # MLflow's limits: 36 characters of digest, 500 of name.
+                    name=name[:500],
+                    digest=digest[:36],
+                    source_type=_source_type(place),
+                    source=json.dumps({"uri": place}),
+                    profile=shown,
+                ),
+                tags=[InputTag("mlflow.data.context", "preferences")],
+            )
+            for name, (place, digest) in sources.items()
+        ]
+        with _mlflow_errors(self.uri):
+            self.client.log_inputs(run_id, datasets=inputs)
 
     def end(self, run_id: str, status: str, error: BaseException | None = None) -> None:
         """FINISHED, FAILED or KILLED, with the reason as a tag."""
@@ -173,14 +206,23 @@ class Tracking:
         name = self._config.tracking.experiment
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            local = self.uri.startswith("sqlite:")
+            local = self.uri.startswith("sqlite:") and not storage.is_remote(self._config.store)
             location = (Path(self._config.store) / "mlartifacts").as_uri() if local else None
+            if self.uri.startswith("sqlite:") and not local:
+                location = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
             return str(self.client.create_experiment(name, artifact_location=location))
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"The MLflow experiment {name!r} was deleted", fix="restore it, or set another tracking.experiment"
             )
         return str(found.experiment_id)
+
+
+def _source_type(place: str) -> str:
+    """As mlflow.data names the places that data come from."""
+    if storage.is_remote(place):
+        return "s3"
+    return "hugging_face" if place.startswith("hf://") else "local"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

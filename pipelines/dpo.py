@@ -23,7 +23,7 @@ def dpo(config: str, run_name: str = "dpo") -> None:
     run = resolve(config=config, run_name=run_name).set_caching_options(False)
     common = {"config": config, "run_id": run.outputs["run_id"]}
     pairs = prepare(**common, data_digest=run.outputs["data_digest"]).set_caching_options(False)
-    scored = score_reference(**common, pairs=pairs.output).set_caching_options(False)
+    scored = score_reference(**common, pairs=pairs.outputs["pairs"]).set_caching_options(False)
     choice = sweep(**common, scored=scored.output).set_caching_options(False)
     policy = train(**common, scored=scored.output, choice=choice.output).set_caching_options(False)
     report = evaluate_policy(**common, scored=scored.output, policy=policy.output).set_caching_options(False)

@@ -179,10 +179,23 @@ def random_pairs(count: int, *, seed: int = 0, vocabulary: int = 300) -> list[To
     return [TokenPair(f"pair-{index}", ids(9), ids(7), ids(7)) for index in range(count)]
 
 
+def random_rankings(count: int, *, most: int = 5, seed: int = 0, vocabulary: int = 300) -> list[TokenPair]:
+    """The same with 2, 3, ... ``most`` answers in turn, the pairs being those of ``random_pairs``."""
+    random = np.random.Generator(np.random.PCG64(seed + 1))
+    rankings = []
+    for index, pair in enumerate(random_pairs(count, seed=seed, vocabulary=vocabulary)):
+        sizes = random.integers(1, 8, size=index % (most - 1))
+        others = (random.integers(3, vocabulary, size=size).astype(np.int32) for size in sizes)
+        rankings.append(replace(pair, other_ids=tuple(others)))
+    return rankings
+
+
 def with_reference(policy: Policy, pairs: Sequence[TokenPair]) -> list[TokenPair]:
     """The pairs with this policy's own log-probs as their reference."""
     scores = score_pairs(policy, pairs, 64)
     return [
-        replace(pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected)
-        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
+        replace(
+            pair, reference_chosen_logps=chosen, reference_rejected_logps=rejected, reference_other_logps=tuple(others)
+        )
+        for pair, (chosen, rejected, *others) in zip(pairs, scores, strict=True)
     ]

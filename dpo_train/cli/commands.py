@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from dpo_train import launch
-from dpo_train.artifacts import Artifact, open_artifact
+from dpo_train import launch, storage
+from dpo_train.artifacts import Artifact, local_copy, open_artifact
 from dpo_train.cli import templates
 from dpo_train.cli.console import Display
 from dpo_train.cli.garbage import collect_garbage
@@ -54,10 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
 def stage(arguments: argparse.Namespace) -> int:
     """One stage in this process. Inputs that were not named are made, or reused, first."""
     config = launch.resolve_device(_load(arguments))
+    launch.check_store(config, _absolute(arguments.output) if arguments.output else None)
+    launch.check_tracking(config)
     if arguments.stage == "prepare":
         launch.check_inputs(config)
     given = {
-        name: open_artifact(path.absolute(), name)
+        name: open_artifact(_absolute(path), name)
         for name in launch.INPUTS
         if (path := getattr(arguments, f"from_{name}", None)) is not None
     }
@@ -70,12 +72,12 @@ def stage(arguments: argparse.Namespace) -> int:
     return _watched(config, arguments, work)
 
 
-def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: Path | None) -> Artifact:
+def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: str | None) -> Artifact:
     """The stage after everything it reads."""
     for needed in launch.INPUTS[stage_name]:
         if needed not in made:
             made[needed] = _make(needed, config, made, None)
-    target = output.absolute() if output else None
+    target = _absolute(output) if output else None
     inputs = {name: made[name] for name in launch.INPUTS[stage_name]}
     return launch.run_stage(stage_name, config, inputs, output=target)
 
@@ -141,18 +143,31 @@ def init(arguments: argparse.Namespace) -> int:
 
 def gc(arguments: argparse.Namespace) -> int:
     """Outputs that no run refers to."""
-    return collect_garbage(Path(_load(arguments).store), keep_runs=arguments.keep_runs, remove=arguments.remove)
+    store = _load(arguments).store
+    if storage.is_remote(store):
+        raise StoreError(
+            f"What others use of {store} cannot be seen from here",
+            expected="a store in a folder",
+            fix="remove outputs by hand, or by a lifecycle rule of the bucket",
+        )
+    return collect_garbage(Path(store), keep_runs=arguments.keep_runs, remove=arguments.remove)
+
+
+def _absolute(path: str) -> str:
+    return path if storage.is_remote(path) else str(Path(path).absolute())
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
-    return load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    launch.use_storage(config)
+    return config
 
 
 def _watched(config: RunConfig, arguments: argparse.Namespace, work: Callable[[Display], None]) -> int:
     """Does the work with progress on the terminal and everything else in a log file."""
     # A terminated run ends as an interrupted one does: children and Ray first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Display(RunFolder.create(Path(config.store))) as display:
+    with Display(RunFolder.create(local_copy(config.store))) as display:
         try:
             work(display)
         except BaseException as error:

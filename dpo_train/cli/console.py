@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import traceback
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dpo_train.artifacts import open_artifact
 from dpo_train.progress import ENVIRONMENT_KEY, Follower
 from dpo_train.runs import RunFolder
 
@@ -110,7 +110,7 @@ class Display:
         end = self._end_of("evaluate")
         if end is None:
             return
-        report = json.loads((Path(end["path"]) / "report.json").read_text(encoding="utf-8"))
+        report = json.loads(open_artifact(end["path"]).file("report.json").read_text(encoding="utf-8"))
         self._console.print("\nheld-out pairs (95 % interval)")
         for name in ("heldout/accuracy", "heldout/margin"):
             e = report["estimates"][name]

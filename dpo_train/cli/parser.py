@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         stage = _with_config(subparsers, name, text, commands.stage)
         stage.set_defaults(stage=name.replace("-", "_"))
         _add_inputs(stage, name.replace("-", "_"))
-        stage.add_argument("--output", type=Path, help="folder for the output (default: its address in the store)")
+        stage.add_argument(
+            "--output", help="folder, here or at s3://, for the output (default: its address in the store)"
+        )
     compiling = subparsers.add_parser("compile", help="write the Kubeflow pipeline as YAML")
     compiling.add_argument("output", type=Path, nargs="?", default=Path("dpo.yaml"), help="default: %(default)s")
     compiling.set_defaults(command=commands.compile_pipeline)
@@ -101,5 +103,5 @@ def _add_inputs(parser: argparse.ArgumentParser, stage: str) -> None:
     for needed in INPUTS[stage]:
         option, text = INPUT_OPTIONS[needed]
         parser.add_argument(
-            option, dest=f"from_{needed}", type=Path, metavar="DIR", help=f"{text} (default: made or reused first)"
+            option, dest=f"from_{needed}", metavar="DIR", help=f"{text} (default: made or reused first)"
         )

@@ -7,6 +7,8 @@ import json
 import typing
 from typing import Any
 
+from pydantic import JsonValue
+
 from dpo_train.config import RunConfig
 from dpo_train.decoding import section_type
 
@@ -90,6 +92,12 @@ def _type_text(hint: Any) -> str:
         return " ".join([_type_text(parameters[0]), " and ".join(shown)]).strip()
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, parameters))
+    if dataclasses.is_dataclass(hint):
+        return "mappings with keys of its section"
+    if hint is JsonValue:
+        return "any value"
+    if origin is dict and parameters[0] is str:
+        return f"mapping of names to {_type_text(parameters[1])}"
     if origin is dict:
         return f"mapping of any of these to {_type_text(parameters[1])}"
     if origin is tuple:

@@ -2,8 +2,9 @@
 
 T: tokens of a row. A row is a sequence of pairs; a pair is prompt, chosen, rejected. Each token carries the index of
 its pair (-1: padding) and its part. A token sees itself and what stands before it in its pair, but the rejected answer
-does not see the chosen one. Positions restart after the prompt (model/score.py), so each answer is computed exactly as
-if it alone followed the prompt. A sliding window counts positions, which in a shared row are not places.
+does not see the chosen one. The further answers of a ranking are parts 3, 4, ... and see no other answer either.
+Positions restart after the prompt (model/score.py), so each answer is computed exactly as if it alone followed the
+prompt. A sliding window counts positions, which in a shared row are not places.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def shared_prompt_mask(
 
     Args:
         pair_T: int [T], index of the pair, -1 for padding.
-        part_T: int [T], PROMPT, CHOSEN or REJECTED.
+        part_T: int [T], PROMPT, CHOSEN, REJECTED, or more for further answers.
         positions_T: int [T], position of each token in its own sequence; needed with a window.
         window: a query sees the last so many positions, its own included; None: all of them.
 

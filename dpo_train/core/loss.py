@@ -36,6 +36,8 @@ class Terms:
     reference_rejected_logps_P: Tensor
     lengths_P: tuple[Tensor, Tensor] | None
     """Answer tokens of chosen and rejected; a loss that divides by them is refused without."""
+    exists_PK: Tensor | None
+    """Where there is a rejected answer, if rankings of different length stand side by side."""
     beta: float
     label_smoothing: float
     divergence: str
@@ -99,6 +101,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     chosen_lengths_P: Tensor | None = None,
     rejected_lengths_P: Tensor | None = None,
+    rejected_exists_PK: Tensor | None = None,
     weights_P: Tensor | None = None,
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
@@ -118,6 +121,8 @@ def preference_loss(
         beta: strength of the pull towards the reference; ipo's tau, orpo's lambda.
         label_smoothing: assumed share of wrong labels, in [0, 0.5).
         chosen_lengths_P: answer tokens [P]; needed by the losses that divide by them. The same for rejected.
+        rejected_exists_PK: bool [P, K - 1], for rankings of different length: what stands elsewhere does not matter,
+            be it NaN, and gets a gradient of zero.
         weights_P: factor of each pair's loss [P], such as ``wpo_weights``.
         divergence: between policy and reference, one of ``DIVERGENCES`` (arXiv 2309.16240).
         divergence_alpha: of the alpha divergence, in [0, 1]: at 1 the reverse KL, at 0 the forward KL. (1 minus the
@@ -127,13 +132,18 @@ def preference_loss(
         unlikelihood_alpha: weight of the rejected answer.
 
     Returns:
-        Losses and both rewards, float tensors [P]. For aot and aot_unpaired entry i is that of the i-th smallest
-        difference, not of pair i; the sum is what counts.
+        Losses and both rewards, float tensors [P]; rejected rewards of rankings [P, K - 1]. For aot and aot_unpaired
+        entry i is that of the i-th smallest difference, not of pair i; the sum is what counts.
 
     Raises:
         ValueError: an unknown name, a number out of its range, a combination that makes no sense, or missing lengths.
     """
     weights = weights_of(kind)
+    if rejected_exists_PK is not None:
+        policy_rejected_logps_P, reference_rejected_logps_P = (
+            torch.where(rejected_exists_PK, logps_P, 0.0)
+            for logps_P in (policy_rejected_logps_P, reference_rejected_logps_P)
+        )
     terms = Terms(
         chosen_logps_P=policy_chosen_logps_P,
         rejected_logps_P=policy_rejected_logps_P,
@@ -142,6 +152,7 @@ def preference_loss(
         lengths_P=None
         if chosen_lengths_P is None or rejected_lengths_P is None
         else (chosen_lengths_P, rejected_lengths_P),
+        exists_PK=rejected_exists_PK,
         beta=beta,
         label_smoothing=label_smoothing,
         divergence=divergence,
@@ -288,8 +299,12 @@ def plackett_luce(t: Terms) -> Tensor:
     -sum over k of log(exp(r_k) / sum over j >= k of exp(r_j)), r = beta * score, from the best answer to the worst.
     """
     rewards_PK = t.beta * torch.cat([_columns(t.chosen_score_P), _columns(t.rejected_score_P)], dim=1)
-    remaining_PK = torch.logcumsumexp(rewards_PK.flip(-1), dim=-1).flip(-1)
-    return (remaining_PK - rewards_PK).sum(-1)
+    if t.exists_PK is None:
+        return (_log_remaining(rewards_PK) - rewards_PK).sum(-1)
+    exists_PK = F.pad(t.exists_PK, (1, 0), value=True)
+    # So low that it adds exactly nothing to a sum of exponentials, and finite: the slope at -inf is NaN.
+    rewards_PK = torch.where(exists_PK, rewards_PK, torch.finfo(rewards_PK.dtype).min / 2)
+    return torch.where(exists_PK, _log_remaining(rewards_PK) - rewards_PK, 0.0).sum(-1)
 
 
 def sft(t: Terms) -> Tensor:
@@ -346,6 +361,11 @@ def wpo_weights(
 def _columns(values: Tensor) -> Tensor:
     """[P] or [P, K] as [P, K]."""
     return values[:, None] if values.ndim == 1 else values
+
+
+def _log_remaining(rewards_PK: Tensor) -> Tensor:
+    """log of the sum of exp over each answer and all that are ranked below it."""
+    return torch.logcumsumexp(rewards_PK.flip(-1), dim=-1).flip(-1)
 
 
 def _smoothed(logits_P: Tensor, e: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def rank_rows(lengths: Sequence[int], row_tokens: int, world_size: int) -> list[
     return ranks
 
 
+@functools.lru_cache(maxsize=2)  # a batch needs one or two epochs' order, and the next batch the same
 def _permutation(num_pairs: int, epoch: int, seed: int, pair_ids_digest: str) -> npt.NDArray[np.int64]:
     key = hashlib.sha256(f"{pair_ids_digest}:{seed}:{epoch}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(num_pairs)

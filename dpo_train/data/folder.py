@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from dpo_train import storage
 from dpo_train.artifacts import digest_path
 from dpo_train.errors import ModelError
 
@@ -12,12 +13,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
 
 
 def model_folder(path: str) -> Path:
-    """The local folder of a model: the path itself, or the snapshot of a hub name (downloaded if need be).
+    """The local folder of a model: the path itself, or a copy of what lies at s3:// or on the hub, fetched if need be.
 
     Raises:
         ModelError: neither a model folder nor a hub name that can be reached.
     """
-    folder = Path(path)
+    folder = _fetched(path) if storage.is_remote(path) else Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
@@ -37,6 +38,20 @@ def model_folder(path: str) -> Path:
             f"The model {path!r} is neither a folder here nor to be had from the hub ({first_line})",
             fix="check the name and the network, or download it and give its folder",
         ) from None
+
+
+def _fetched(path: str) -> Path:
+    """A copy of the folder, in the cache under what it holds now: other content is another folder."""
+    entries = [entry for entry in storage.list_files(path.rstrip("/") + "/") if entry.size]
+    if not entries:
+        raise ModelError(f"There is no model at {path}", fix="set model.path to a folder or a hub name")
+    names = {entry.path: entry.path.removeprefix(path.rstrip("/") + "/") for entry in entries}
+    content = "".join(f"{names[entry.path]}\0{entry.size}\0{entry.etag}\0" for entry in entries)
+    folder = storage.cache_folder() / "models" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    copy = storage.Mirror(path.rstrip("/"), folder)
+    for entry in entries:
+        copy.fetch(names[entry.path], size=entry.size)
+    return folder
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,6 +1,7 @@
-"""Pairs laid out in rows: prompt, chosen, rejected, prompt, ...
+"""Pairs laid out in rows: prompt, chosen, rejected, prompt, ...; of a ranking all answers follow their prompt.
 
-T: tokens of a row, A: answer tokens of a row, P: pairs of a row.
+T: tokens of a row, A: answer tokens of a row, P: pairs of a row, K: answers of the row's longest ranking, two where
+there is none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_train.core.attention import CHOSEN, PROMPT, REJECTED
+from dpo_train.core.attention import CHOSEN, PROMPT
 from dpo_train.data.pairs import TokenPair
 
 
@@ -21,7 +22,7 @@ class Row:
     """Several pairs in one run of tokens.
 
     ``source_A`` is the place whose hidden state predicts answer token A: the token before it, and for the first token
-    of *both* answers the last token of the prompt.
+    of *each* answer the last token of the prompt.
     """
 
     input_ids_T: Tensor
@@ -34,14 +35,19 @@ class Row:
     part_A: Tensor
     place_A: Tensor
     """Of the token within its answer, from 0."""
-    lengths_P2: Tensor
-    """Answer tokens of chosen and rejected."""
+    lengths_PK: Tensor
+    """Tokens of each answer, best first; 0 where a pair has fewer answers."""
     reference_A: Tensor | None
     """The reference's log-prob of each answer token, once scored; float32."""
 
     @property
     def num_pairs(self) -> int:
-        return len(self.lengths_P2)
+        return len(self.lengths_PK)
+
+    @property
+    def lengths_P2(self) -> Tensor:
+        """Answer tokens of chosen and rejected."""
+        return self.lengths_PK[:, :2]
 
     def to(self, device: torch.device) -> Row:
         """The row on a device; copies do not wait for each other."""
@@ -49,12 +55,16 @@ class Row:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None})
 
     def answer_sums(self, values_A: Tensor) -> Tensor:
-        """Sum over the tokens of each answer: [P, 2], chosen and rejected."""
-        answer_A = 2 * self.pair_A + (self.part_A == REJECTED)
-        return values_A.new_zeros(2 * self.num_pairs).index_add(0, answer_A, values_A).view(-1, 2)
+        """Sum over the tokens of each answer: [P, K], chosen, rejected and the others; 0 where there is no answer."""
+        num_answers = self.lengths_PK.shape[1]
+        answer_A = num_answers * self.pair_A + (self.part_A - CHOSEN)
+        return values_A.new_zeros(self.lengths_PK.numel()).index_add(0, answer_A, values_A).view(-1, num_answers)
 
     def ld_weights(self, alpha: float) -> Tensor:
-        """LD-DPO's weight of each answer token (arXiv 2409.06411): 1 up to the shorter answer's length, then alpha."""
+        """LD-DPO's weight of each answer token (arXiv 2409.06411): 1 up to the shorter answer's length, then alpha.
+
+        It is defined for pairs.
+        """
         shared_A = self.lengths_P2.min(dim=1).values[self.pair_A]
         return torch.where(self.place_A < shared_A, 1.0, alpha)
 
@@ -67,7 +77,7 @@ def build_row(pairs: Sequence[TokenPair]) -> Row:
     for index, pair in enumerate(pairs):
         prompt_length = len(pair.prompt_ids)
         last_prompt_token = start + prompt_length - 1
-        for part, ids in ((PROMPT, pair.prompt_ids), (CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+        for part, ids in enumerate((pair.prompt_ids, *pair.answer_ids), PROMPT):
             first_position = 0 if part == PROMPT else prompt_length
             columns["ids"].append(ids)
             columns["positions"].append(np.arange(first_position, first_position + len(ids)))
@@ -92,9 +102,15 @@ def build_row(pairs: Sequence[TokenPair]) -> Row:
         pair_A=_tensor(answers["pair"]),
         part_A=_tensor(answers["part"]),
         place_A=_tensor(answers["place"]),
-        lengths_P2=torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
+        lengths_PK=_lengths(pairs),
         reference_A=_reference(pairs),
     )
+
+
+def _lengths(pairs: Sequence[TokenPair]) -> Tensor:
+    most = max((len(pair.other_ids) for pair in pairs), default=0)
+    rows = [[len(ids) for ids in pair.answer_ids] + [0] * (most - len(pair.other_ids)) for pair in pairs]
+    return torch.tensor(rows)
 
 
 def _reference(pairs: Sequence[TokenPair]) -> Tensor | None:
@@ -102,7 +118,9 @@ def _reference(pairs: Sequence[TokenPair]) -> Tensor | None:
     for pair in pairs:
         if pair.reference_chosen_logps is None or pair.reference_rejected_logps is None:
             return None
-        parts += [pair.reference_chosen_logps, pair.reference_rejected_logps]
+        if len(pair.reference_other_logps) < len(pair.other_ids):
+            return None
+        parts += [pair.reference_chosen_logps, pair.reference_rejected_logps, *pair.reference_other_logps]
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 

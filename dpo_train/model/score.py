@@ -5,6 +5,7 @@ A: answer tokens, T: tokens of a plain sequence, P: pairs, V: vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,18 +32,17 @@ def row_logps(policy: Policy, row: Row, *, with_squares: bool = False, with_rout
 
 
 @torch.no_grad()
-def score_pairs(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int) -> list[tuple[Logps, Logps]]:
-    """Per-token log-probs of both answers of each pair, float32, in the order given."""
-    scores: dict[int, tuple[Logps, Logps]] = {}
+def score_pairs(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int) -> list[tuple[Logps, ...]]:
+    """Per-token log-probs of each pair's answers, float32: chosen, rejected, and the others of a ranking."""
+    scores: dict[int, tuple[Logps, ...]] = {}
     for members in pack([pair.num_tokens for pair in pairs], row_tokens):
         row_pairs = [pairs[index] for index in members]
         token_logps = row_logps(policy, build_row(row_pairs).to(policy.device)).token_logps_A.cpu().numpy()
         place = 0
         for index, pair in zip(members, row_pairs, strict=True):
-            middle = place + len(pair.chosen_ids)
-            end = middle + len(pair.rejected_ids)
-            scores[index] = (token_logps[place:middle], token_logps[middle:end])
-            place = end
+            ends = [place + end for end in itertools.accumulate(map(len, pair.answer_ids), initial=0)]
+            scores[index] = tuple(token_logps[start:end] for start, end in itertools.pairwise(ends))
+            place = ends[-1]
     return [scores[index] for index in range(len(pairs))]
 
 

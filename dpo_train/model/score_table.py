@@ -26,5 +26,6 @@ class ScoreTable:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         scores = score_pairs(self._policy, token_pairs(table), self._row_tokens)
-        columns = [table["pair_id"], [chosen for chosen, _ in scores], [rejected for _, rejected in scores]]
+        sides = ([of_pair[side] for of_pair in scores] for side in (0, 1))
+        columns = [table["pair_id"], *sides, [list(of_pair[2:]) for of_pair in scores]]
         return pa.table(columns, schema=SCORES_SCHEMA)

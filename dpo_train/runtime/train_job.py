@@ -8,10 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dpo_train.artifacts import local_copy
 from dpo_train.config import ComputeConfig
 from dpo_train.errors import DpoError, PreemptedError, WorkerError, decode, encode
 from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
 from dpo_train.runtime.session import attach, num_gpus, own_signals
+from dpo_train.storage import use
 from dpo_train.train.job import TrainJob
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.worker import run_rank
@@ -44,7 +46,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     # More workers than cores share them; asking for whole ones, they would wait for ever.
     cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / workers) * CPU_SHARE
     cpus = math.floor(cpus * 1000) / 1000  # Ray counts in thousandths
-    error_file = Path(job.output) / ERROR_FILE
+    error_file = local_copy(job.output) / ERROR_FILE
     error_file.unlink(missing_ok=True)
     # Workers that cannot be placed count as the controller's failures, which Ray would retry for ever.
     failures = FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3)
@@ -84,7 +86,9 @@ def _rank(parameters: dict[str, Any]) -> None:
 
     torch.set_num_threads(parameters["threads"])
     job: TrainJob = parameters["job"]
-    error_file = Path(job.output) / ERROR_FILE
+    use(job.storage)
+    error_file = local_copy(job.output) / ERROR_FILE
+    error_file.parent.mkdir(parents=True, exist_ok=True)
     if error_file.exists():
         return
     ranks = Ranks.current()

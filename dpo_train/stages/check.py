@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_train.config import TrainConfig, ranking_mistakes
+from dpo_train.data.shards import lengths, other_lengths
 from dpo_train.errors import ConfigError, DataError, ModelError
 
 SIDES = ("chosen", "rejected")
@@ -20,12 +23,12 @@ def check_rows(pairs: pa.Table, row_tokens: int, option: str) -> None:
     Raises:
         ConfigError: it does not; the message names the pair and both lengths.
     """
-    lengths = _lengths(pairs, "prompt", *SIDES)
-    if len(pairs) and (longest := pc.max(lengths).as_py()) > row_tokens:
-        pair_id = pairs["pair_id"][pc.index(lengths, longest).as_py()].as_py()
+    sizes = lengths(pairs)
+    if len(pairs) and (longest := int(sizes.max())) > row_tokens:
+        pair_id = pairs["pair_id"][int(sizes.argmax())].as_py()
         raise ConfigError(
             "A pair is longer than a row",
-            got=f"pair {pair_id} with {longest} tokens (prompt and both answers), {option}={row_tokens}",
+            got=f"pair {pair_id} with {longest} tokens (prompt and all answers), {option}={row_tokens}",
             fix=f"set {option} to {longest} or more, or lower prepare.max_prompt_tokens or prepare.max_answer_tokens",
         )
 
@@ -44,6 +47,9 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
             "original_max_position_embeddings", config.get("original_max_position_embeddings")
         )
     ids = [pc.max(pc.list_flatten(pairs[f"{part}_ids"])).as_py() for part in ("prompt", *SIDES)]
+    rows, others = other_lengths(pairs, "other_ids")
+    if len(rows):
+        ids.append(pc.max(pc.list_flatten(pc.list_flatten(pairs["other_ids"]))).as_py())
     largest = max((found for found in ids if found is not None), default=-1)
     if (vocabulary := config.get("vocab_size")) is not None and largest >= vocabulary:
         raise ModelError(
@@ -51,7 +57,9 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
             got=f"token id {largest}, where the model's vocabulary has {vocabulary}",
             fix="use the tokenizer that the model was trained with",
         )
-    longest = max((pc.max(_lengths(pairs, "prompt", side)).as_py() or 0 for side in SIDES), default=0)
+    sequences = [lengths(pairs, "prompt", side) for side in SIDES]
+    sequences.append(lengths(pairs, "prompt")[rows] + others)
+    longest = max(int(sizes.max(initial=0)) for sizes in sequences)
     if (positions := config.get("max_position_embeddings") or config.get("n_positions")) and longest > positions:
         raise ModelError(
             f"A prompt with its answer is longer than the model in {model} reads",
@@ -61,7 +69,7 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
         )
 
 
-def check_reference(pairs: pa.Table, path: Path) -> None:
+def check_reference(pairs: pa.Table, path: str) -> None:
     """Each answer token must have its reference log-prob.
 
     Raises:
@@ -74,22 +82,47 @@ def check_reference(pairs: pa.Table, path: Path) -> None:
         present = pc.fill_null(pc.list_value_length(pairs[name]), -1)
         missing = pc.not_equal(present, pc.list_value_length(pairs[f"{side}_ids"]))
         if count := pc.sum(missing).as_py():
-            raise DataError(
-                f"The reference in {path} misses pairs",
-                got=f"{count} of {len(pairs)} without one for each token of the {side} answer, the first of them "
-                + pairs["pair_id"][pc.index(missing, True).as_py()].as_py(),
-                fix=_SCORE_AGAIN,
-            )
+            first = pc.index(missing, True).as_py()
+            raise _misses_pairs(pairs, path, count, first, f"the {side} answer")
+    tokens, scored = (other_lengths(pairs, name) for name in ("other_ids", "reference_other_logps"))
+    if len(tokens[0]) and not (np.array_equal(tokens[0], scored[0]) and np.array_equal(tokens[1], scored[1])):
+        both = [_by_row(len(pairs), *found) for found in (tokens, scored)]
+        bad = [row for row, (wanted, got) in enumerate(zip(*both, strict=True)) if wanted != got]
+        raise _misses_pairs(pairs, path, len(bad), bad[0], "the answers from the third on")
+
+
+def check_rankings(pairs: pa.Table, config: TrainConfig) -> None:
+    """Rankings need a loss that sees all of their answers.
+
+    Raises:
+        ConfigError: the configured one sees two; the message names the first ranking.
+    """
+    rows, _ = other_lengths(pairs, "other_ids")
+    if len(rows) and (wrong := ranking_mistakes(config)):
+        raise ConfigError(
+            f"The pairs hold rankings of more than two answers: {'; '.join(wrong)}",
+            got=f"{len(np.unique(rows))} of {len(pairs)}, the first of them {pairs['pair_id'][int(rows[0])].as_py()}",
+            fix="set train.loss=plackett_luce, or prepare the data again with prepare.pairing=all or best_worst",
+        )
 
 
 _SCORE_AGAIN = "remove this output and run score-reference again"
 
 
-def _lengths(pairs: pa.Table, *parts: str) -> Any:
-    total: Any = 0
-    for part in parts:
-        total = pc.add(pc.list_value_length(pairs[f"{part}_ids"]), total)
-    return total
+def _misses_pairs(pairs: pa.Table, path: str, count: int, first: int, what: str) -> DataError:
+    return DataError(
+        f"The reference in {path} misses pairs",
+        got=f"{count} of {len(pairs)} without one for each token of {what}, the first of them "
+        + pairs["pair_id"][first].as_py(),
+        fix=_SCORE_AGAIN,
+    )
+
+
+def _by_row(num_rows: int, rows: Any, sizes: Any) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in range(num_rows)]
+    for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
+        found[row].append(size)
+    return found
 
 
 def _text_config(model: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary, identity, produce
 from dpo_train.config import RunConfig
 from dpo_train.data.folder import model_folder, weights_digest
@@ -19,12 +21,13 @@ def make(
     inputs: Mapping[str, str],
     body: Callable[[Output], Summary],
     *,
-    output: Path | None,
+    output: Path | str | None,
     resumable: bool = False,
+    scratch: Sequence[str] = (),
 ) -> Artifact:
     """``produce`` at the output's address in the store, or in the folder that the user named."""
-    target = output or Path(config.store) / stage / identity(stage, content, inputs)
-    return produce(stage, content, inputs, target, body, resumable=resumable)
+    target = output or storage.join(config.store, stage, identity(stage, content, inputs))
+    return produce(stage, content, inputs, target, body, resumable=resumable, scratch=scratch)
 
 
 def check_made_from(made: Artifact, name: str, source: Artifact) -> None:
@@ -35,7 +38,7 @@ def check_made_from(made: Artifact, name: str, source: Artifact) -> None:
     """
     if made.record.inputs.get(name) != source.record.digest:
         raise StoreError(
-            f"{made.path} was not made from {source.path}",
+            f"{made.home} was not made from {source.home}",
             got=f"{name} {made.record.inputs.get(name)}",
             expected=source.record.digest,
             fix=f"name the {name} it was made from, or run its stage again",
@@ -50,7 +53,7 @@ def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
     """
     if scored.record.inputs.get("model") != digest:
         raise ConfigError(
-            f"The pairs in {scored.path} were scored by another model than {config.model.path}",
+            f"The pairs in {scored.home} were scored by another model than {config.model.path}",
             fix="run score-reference with this model, or name the model that scored them",
         )
 
@@ -73,3 +76,8 @@ def compute_dtype(config: RunConfig) -> str:
 def model_digest(config: RunConfig) -> str:
     """Digest of the base model's folder."""
     return weights_digest(model_folder(config.model.path))
+
+
+def storage_options(config: RunConfig) -> storage.Options:
+    """The config's section as storage wants it."""
+    return storage.Options(**dataclasses.asdict(config.storage))

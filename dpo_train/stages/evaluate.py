@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import ModelConfig, RunConfig, to_dict
+from dpo_train.data.shards import Split
 from dpo_train.errors import DataError
 from dpo_train.evaluate.gate import judge
 from dpo_train.evaluate.preference import Floats, measure
@@ -19,7 +21,7 @@ from dpo_train.evaluate.report import Report, Sample, estimates, write_report
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_rows
-from dpo_train.stages.common import check_made_from, make, model_digest
+from dpo_train.stages.common import check_made_from, make, model_digest, storage_options
 from dpo_train.stages.executor import Executor, TableFunction
 from dpo_train.stages.score_reference import join_scores, score_table, score_table_of
 
@@ -28,7 +30,7 @@ MIN_GROUPS = 10
 
 
 def evaluate(
-    config: RunConfig, scored: Artifact, policy: Artifact, executor: Executor, *, output: Path | None = None
+    config: RunConfig, scored: Artifact, policy: Artifact, executor: Executor, *, output: Path | str | None = None
 ) -> Artifact:
     """Makes ``report.json``, ``report.html`` and ``margins.parquet``. A refused model is still a complete output.
 
@@ -44,7 +46,7 @@ def evaluate(
     reporter = Reporter.from_environment("evaluate")
 
     def body(out: Output) -> Summary:
-        heldout = pq.read_table(scored.path / "heldout.parquet")
+        heldout = Split(scored, "heldout").table()
         if len(heldout) < section.min_heldout_pairs:
             raise DataError(
                 "Too few held-out pairs to judge the policy",
@@ -60,6 +62,8 @@ def evaluate(
                 expected=f"at least {MIN_GROUPS} groups",
                 fix="raise prepare.heldout_fraction, bring more data, or choose another prepare.group_key",
             )
+        # Of a ranking the best answer is judged against the second.
+        heldout = heldout.drop_columns(["others", "other_ids", "reference_other_logps"])
         check_rows(heldout, section.row_tokens, "evaluate.row_tokens")
         scorer = functools.partial(score_table_of, config, str(policy.path), section.row_tokens)
         table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
@@ -87,10 +91,13 @@ def evaluate(
     return make(config, "evaluate", content, inputs, body, output=output)
 
 
-def _answers_of(model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int) -> TableFunction:
+def _answers_of(
+    options: storage.Options, model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int
+) -> TableFunction:
     """Builds the sampler in its worker; torch is imported there and not here."""
     from dpo_train.evaluate.generate import AnswerPrompts
 
+    storage.use(options)
     return AnswerPrompts(model, device, weights, max_tokens, seed)
 
 
@@ -106,7 +113,13 @@ def _sample(
         for model in ("reference", "policy")
     ]
     make_answers = functools.partial(
-        _answers_of, config.model, config.compute.device, str(policy.path), section.max_sample_tokens, config.seed
+        _answers_of,
+        storage_options(config),
+        config.model,
+        config.compute.device,
+        str(policy.path),
+        section.max_sample_tokens,
+        config.seed,
     )
     found: dict[tuple[str, str], str] = {}
     for table in executor.map_tables(make_answers, tasks, uses_model=True):

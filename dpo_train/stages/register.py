@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train import registry
-from dpo_train.artifacts import RECORD_FILE, Artifact, Output, Summary
+from dpo_train.artifacts import Artifact, Output, Summary, void
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import model_folder
 from dpo_train.progress import Reporter
@@ -21,7 +21,7 @@ def register(
     tracking: Tracking,
     *,
     run_id: str | None = None,
-    output: Path | None = None,
+    output: Path | str | None = None,
 ) -> Artifact:
     """Registers the policy in MLflow if its report passed; ``record.details`` has the name and version.
 
@@ -67,7 +67,7 @@ def register(
         found = registry.find_version(tracking.client, name, report.record.digest) if artifact.reused else None
     if artifact.reused and found != artifact.record.details["version"]:
         # The registry lost it, or holds it under another number: the record is void.
-        (artifact.path / RECORD_FILE).unlink()
+        void(artifact)
         artifact = make(config, "register", content, inputs, body, output=output)
     return artifact
 

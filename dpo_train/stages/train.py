@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train import storage
+from dpo_train.artifacts import Artifact, Output, Summary, discard, mirror
 from dpo_train.config import RunConfig, to_dict
+from dpo_train.data.shards import TOKENS, Split
 from dpo_train.errors import ConfigError, StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
-from dpo_train.stages.check import check_reference, check_rows
-from dpo_train.stages.common import check_same_model, make, model_digest
+from dpo_train.stages.check import check_rankings, check_reference, check_rows
+from dpo_train.stages.common import check_same_model, make, model_digest, storage_options
 from dpo_train.stages.executor import Executor
-from dpo_train.train.job import CHECKPOINT_FOLDER, TrainJob
+from dpo_train.train.job import CHECKPOINT_FOLDER, POLICY_NOTE, TrainJob
 from dpo_train.train.state import kept_line
 
 CADENCE = ("checkpoint_steps",)
@@ -29,7 +28,7 @@ def train(
     executor: Executor,
     *,
     beta: float | None = None,
-    output: Path | None = None,
+    output: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
     """Makes ``adapter/`` or ``model/``, and ``metrics.jsonl`` with one line per step.
@@ -49,11 +48,13 @@ def train(
     check_same_model(config, inputs["model"], scored)
 
     def body(out: Output) -> Summary:
-        for split in ("train", "validation"):
-            pairs = pq.read_table(scored.path / f"{split}.parquet")
-            check_reference(pairs, scored.path)
-            check_rows(pairs, section.row_tokens, "train.row_tokens")
-        if not len(pairs) and (section.keep == "best" or section.patience is not None):
+        splits = {name: Split(scored, name) for name in ("train", "validation")}
+        for split in splits.values():
+            for pairs in split.tables(TOKENS):
+                check_reference(pairs, scored.home)
+                check_rankings(pairs, section)
+                check_rows(pairs, section.row_tokens, "train.row_tokens")
+        if not splits["validation"].num_pairs and (section.keep == "best" or section.patience is not None):
             raise ConfigError(
                 "There are no validation pairs for train.keep=best and train.patience to look at",
                 fix="raise prepare.validation_fraction, or leave both out",
@@ -65,25 +66,27 @@ def train(
                 config=section,
                 seed=config.seed,
                 origin={"config": content, "inputs": inputs},
-                scored=str(scored.path),
-                output=str(out.path),
+                scored=scored.home,
+                output=out.home,
+                storage=storage_options(config),
                 shard=config.compute.shard == "on" or (config.compute.shard == "auto" and section.lora is None),
                 reporter=reporter or Reporter.from_environment("train"),
             )
         )
-        history = read_history(out.path / METRICS_FILE)
+        out.adopt_noted(POLICY_NOTE)
+        history = read_history(mirror(out.home).fetch(METRICS_FILE, size=out.files().get(METRICS_FILE)))
         if not history or [line["step"] for line in history] != list(range(len(history))):
             raise StoreError(f"{out.path / METRICS_FILE} lacks steps", fix=f"remove {out.path} and run again")
         kept = kept_line(history, section)
         metrics = {name: value for name, value in kept.items() if name != "step"}
-        num_validation = pq.read_metadata(scored.path / "validation.parquet").num_rows
         return Summary(
-            counts={"steps": len(history), "validation_pairs": num_validation},
+            counts={"steps": len(history), "validation_pairs": splits["validation"].num_pairs},
             metrics={**metrics, "first_loss": history[0]["loss"]},
             details={"beta": section.beta, "kept_step": int(kept["step"]) + 1},
         )
 
-    artifact = make(config, "train", content, inputs, body, output=output, resumable=True)
+    artifact = make(config, "train", content, inputs, body, output=output, resumable=True, scratch=(CHECKPOINT_FOLDER,))
     # Only now: killed before its record was written, a finished training must not begin anew.
-    shutil.rmtree(artifact.path / CHECKPOINT_FOLDER, ignore_errors=True)
+    if not (artifact.reused and storage.is_remote(artifact.home)):
+        discard(artifact.home, CHECKPOINT_FOLDER)
     return artifact

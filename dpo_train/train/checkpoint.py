@@ -3,9 +3,11 @@
     checkpoints/step-00000050/shard-0-of-2.safetensors   parameters and optimiser state; its header says which rows
                              /shard-1-of-2.safetensors
                              /training.json              written last: whose checkpoint, and where the training stands
+                             /metrics.jsonl              at s3:// only: the history up to here
 
 Any number of ranks can read what any other number has written. safetensors holds numbers alone: loading runs no code.
-Shards are written by a thread while training goes on; a folder without ``training.json`` does not count.
+Shards are written, and sent to s3:// where the output belongs there, by a thread while training goes on; a folder
+without ``training.json`` does not count.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_train.artifacts import differences
+from dpo_train import storage
+from dpo_train.artifacts import differences, local_copy, mirror
 from dpo_train.errors import LostPeerError, ModelError, StoreError
+from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.model.load import Policy
 from dpo_train.model.shard import like, local, local_start
 from dpo_train.train.job import CHECKPOINT_FOLDER
@@ -44,14 +48,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        home: str,
         origin: Mapping[str, Any],
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
     ) -> None:
-        """``origin`` is what makes the training this one: its config, data, reference and model."""
-        self._folder = folder / CHECKPOINT_FOLDER
+        """``home`` is the training's output; ``origin`` what makes it this one: config, data, reference, model."""
+        self._mirror = mirror(home)
+        self._folder = local_copy(home) / CHECKPOINT_FOLDER
         self._origin, self._policy, self._optimizer, self._ranks = dict(origin), policy, optimizer, ranks
         self._pending: tuple[TrainingState, _Writer] | None = None
         # Whole weights are the same on every rank: the first one writes them.
@@ -67,7 +72,7 @@ class Checkpoints:
         if step < 0:
             return TrainingState()
         folder = self._target(step)
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        content = self._fetch(folder)
         if different := list(differences(content["origin"], self._origin)):
             raise StoreError(
                 f"{folder} was made by another training",
@@ -75,6 +80,8 @@ class Checkpoints:
                 expected="the same data, reference, model and config",
                 fix=f"remove {self._folder.parent}",
             )
+        if self._ranks.is_first:
+            self._fetch_history(folder)
         with _Shards(folder) as shards:
             self._load_parameters(shards)
             self._load_optimizer(shards)
@@ -86,9 +93,25 @@ class Checkpoints:
         all: two that look for themselves might not see the same."""
         for leftover in self._folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
-        return max(
-            (int(file.parent.name.split("-")[1]) for file in self._folder.glob(f"step-*/{STATE_FILE}")), default=-1
-        )
+        found = [file.parent.name for file in self._folder.glob(f"step-*/{STATE_FILE}")]
+        if self._mirror.is_remote:
+            entries = storage.list_files(storage.join(self._mirror.home, CHECKPOINT_FOLDER) + "/")
+            found += [entry.path.split("/")[-2] for entry in entries if entry.path.endswith(f"/{STATE_FILE}")]
+        return max((int(name.split("-")[1]) for name in found), default=-1)
+
+    def _fetch(self, folder: Path) -> dict[str, Any]:
+        """Makes sure that all files of a complete checkpoint are here; returns what it says of itself."""
+        state = self._mirror.fetch(f"{CHECKPOINT_FOLDER}/{folder.name}/{STATE_FILE}")
+        content: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
+        for name in _shard_names(content) if self._mirror.is_remote else ():
+            self._mirror.fetch(f"{CHECKPOINT_FOLDER}/{folder.name}/{name}")
+        return content
+
+    def _fetch_history(self, folder: Path) -> None:
+        """The history that belongs to a checkpoint at s3://; here may lie a shorter one."""
+        if self._mirror.is_remote:
+            copy = self._mirror.fetch(f"{CHECKPOINT_FOLDER}/{folder.name}/{METRICS_FILE}")
+            shutil.copyfile(copy, self._mirror.path / METRICS_FILE)
 
     def save(self, state: TrainingState, *, wait: bool) -> None:
         """Saves the training as it stands. Without ``wait`` it is complete some steps later (``poll``).
@@ -100,11 +123,12 @@ class Checkpoints:
         target = self._target(state.step)
         if self._ranks.is_first:
             shutil.rmtree(self._partial(target), ignore_errors=True)
-            self._partial(target).mkdir(parents=True)
         self._ranks.barrier()
+        self._partial(target).mkdir(parents=True, exist_ok=True)  # each rank: it may have a disk of its own
         shard = self._partial(target) / f"shard-{self._shard}.safetensors"
         tensors, rows = self._snapshot() if self._writes else ({}, {})
-        self._pending = state, _Writer(shard if self._writes else None, tensors, rows)
+        upload_to = self._away(target, shard.name) if self._mirror.is_remote else None
+        self._pending = state, _Writer(shard if self._writes else None, tensors, rows, upload_to)
         if wait:
             self.finish()
 
@@ -121,6 +145,7 @@ class Checkpoints:
 
     def load_parameters(self, step: int) -> None:
         """The weights of a checkpoint that is kept."""
+        self._fetch(self._target(step))
         with _Shards(self._target(step)) as shards:
             self._load_parameters(shards)
 
@@ -134,6 +159,9 @@ class Checkpoints:
     def _partial(self, target: Path) -> Path:
         return target.with_name(target.name + PARTIAL)
 
+    def _away(self, target: Path, name: str) -> str:
+        return storage.join(self._mirror.home, CHECKPOINT_FOLDER, target.name, name)
+
     def _complete(self) -> None:
         assert self._pending is not None
         state, writer = self._pending
@@ -145,15 +173,40 @@ class Checkpoints:
             raise LostPeerError("Another rank could not write its share of the checkpoint", fix="see its own error")
         target = self._target(state.step)
         if self._ranks.is_first:
-            content = {"origin": self._origin, "state": dataclasses.asdict(state)}
+            num_shards = self._ranks.world_size if self._policy.sharded else 1
+            content = {"origin": self._origin, "state": dataclasses.asdict(state), "num_shards": num_shards}
             _write_durably(self._partial(target) / STATE_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
+            if self._mirror.is_remote:
+                self._publish(target)
             shutil.rmtree(target, ignore_errors=True)
             self._partial(target).rename(target)
             kept = {target.name} | ({self._target(state.best_step).name} if state.best_step is not None else set())
-            for older in self._folder.iterdir():
+            for older in self._folder.glob("step-*"):
                 if older.name not in kept:
-                    shutil.rmtree(older)
+                    self._remove(older)
         self._ranks.barrier()
+        shutil.rmtree(self._partial(target), ignore_errors=True)  # a rank's on another machine than the first
+
+    def _publish(self, target: Path) -> None:
+        """The checkpoint is complete at s3:// before it is here: no later one refers to what only this machine has.
+
+        The history is a copy of its own. Under its final name it would change an output that another machine has made
+        complete meanwhile.
+        """
+        if (history := self._mirror.path / METRICS_FILE).is_file():
+            shutil.copyfile(history, self._partial(target) / METRICS_FILE)
+            storage.upload(self._partial(target) / METRICS_FILE, self._away(target, METRICS_FILE))
+        storage.upload(self._partial(target) / STATE_FILE, self._away(target, STATE_FILE))
+
+    def _remove(self, folder: Path) -> None:
+        """A checkpoint that has served. What makes it complete goes first."""
+        state = folder / STATE_FILE
+        if self._mirror.is_remote and state.is_file():
+            storage.delete([self._away(folder, STATE_FILE)])
+            names = [METRICS_FILE, *_shard_names(json.loads(state.read_text(encoding="utf-8")))]
+            storage.delete([self._away(folder, name) for name in names])
+        state.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
     def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, list[int] | None]]:
         """Copies of this rank's share on the CPU, and which rows of the whole each one is; None: all of it."""
@@ -201,8 +254,15 @@ class Checkpoints:
 class _Writer:
     """Writes one shard in a thread of its own."""
 
-    def __init__(self, path: Path | None, tensors: dict[str, Tensor], rows: Mapping[str, list[int] | None]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        tensors: dict[str, Tensor],
+        rows: Mapping[str, list[int] | None],
+        upload_to: str | None = None,
+    ) -> None:
         self.error: BaseException | None = None
+        self._upload_to = upload_to
         self._thread = threading.Thread(target=self._write, args=(path, tensors, rows), name=WRITER)
         self._thread.start()
 
@@ -220,6 +280,8 @@ class _Writer:
             save_file(tensors, path, metadata={"rows": json.dumps(rows)})
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+            if self._upload_to is not None:
+                storage.upload(path, self._upload_to)
         except BaseException as error:  # told by the training's own thread
             self.error = error
 
@@ -256,6 +318,11 @@ class _Shards(ExitStack):
                 if low < high:
                     pieces.append(file.get_slice(name)[low - start : high - start])
         return torch.cat(pieces) if pieces else local(tensor).new_empty((0, *tensor.shape[1:]))
+
+
+def _shard_names(content: Mapping[str, Any]) -> list[str]:
+    count = content["num_shards"]
+    return [f"shard-{index}-of-{count}.safetensors" for index in range(count)]
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_train import storage
 from dpo_train.config import ModelConfig, TrainConfig
 from dpo_train.progress import Reporter
 
 CHECKPOINT_FOLDER = "checkpoints"
+POLICY_NOTE = f"{CHECKPOINT_FOLDER}/policy.json"
+"""Files of the policy with their sizes, as the first rank has brought them to s3://."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,5 +27,7 @@ class TrainJob:
     """What makes this training this one: config and inputs, by which a checkpoint is known."""
     scored: str
     output: str
+    """Where the scored pairs lie and the training belongs: folders, or s3://."""
     shard: bool
     reporter: Reporter
+    storage: storage.Options = field(default_factory=storage.Options)

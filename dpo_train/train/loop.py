@@ -7,13 +7,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from dpo_train.artifacts import local_copy
 from dpo_train.config import TrainConfig
 from dpo_train.core.metrics import means
 from dpo_train.data.batches import num_steps, step_pairs
 from dpo_train.data.pairs import TokenPair
+from dpo_train.data.shards import PairSequence
 from dpo_train.errors import NonFiniteLossError, PreemptedError, RunError
 from dpo_train.metrics_file import METRICS_FILE, History
 from dpo_train.model.load import Policy
@@ -40,7 +41,8 @@ class Fit:
     validation_pairs: Sequence[TokenPair]
     seed: int
     origin: Mapping[str, Any]
-    folder: Path
+    home: str
+    """The training's output, here or at s3://."""
     report: Callable[..., None] = lambda *_, **__: None
     tell: Callable[[str], None] = lambda _: None
     is_preempted: Callable[[], bool] = lambda: False
@@ -55,6 +57,8 @@ class Fit:
     @functools.cached_property
     def _pair_ids_digest(self) -> str:
         """Of the pairs and nothing else: another version of the code, or another folder, gives the same order."""
+        if isinstance(self.train_pairs, PairSequence):
+            return self.train_pairs.ids_digest
         return hashlib.sha256("\n".join(pair.pair_id for pair in self.train_pairs).encode()).hexdigest()
 
     def batch(self, step: int) -> list[TokenPair]:
@@ -84,9 +88,9 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
     """
     config, total = job.config, job.total_steps
     optimizer = build_optimizer(policy.trainable().values(), config)
-    checkpoints = Checkpoints(job.folder, job.origin, policy, optimizer, ranks)
+    checkpoints = Checkpoints(job.home, job.origin, policy, optimizer, ranks)
     state = checkpoints.resume()
-    history = History(job.folder / METRICS_FILE, state.step) if ranks.is_first else None
+    history = History(local_copy(job.home) / METRICS_FILE, state.step) if ranks.is_first else None
     speed = Speed(policy, config, ranks)
     while not state.is_over(total, config):
         step = state.step

@@ -112,6 +112,7 @@ def _look_ahead(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig,
     if not over_batch:
         return _Ahead(router=router, aux_coef=aux_coef)
     with torch.enable_grad():
+        # Losses over a batch know pairs alone, so each of these is [P].
         leaves = [logps_P.detach().requires_grad_() for logps_P in measured[:2]]
         losses_P = measured._replace(chosen_logps_P=leaves[0], rejected_logps_P=leaves[1]).losses(config)
         slopes = torch.autograd.grad(losses_P.sum(), leaves)

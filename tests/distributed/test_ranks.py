@@ -27,7 +27,7 @@ from dpo_train.model.shard import shard, whole, whole_state
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import evaluate_pairs, train_step
-from tests.tiny import random_pairs, tiny_model, tiny_policy, with_reference
+from tests.tiny import random_rankings, tiny_model, tiny_policy, with_reference
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
 STEPS = 3
@@ -52,6 +52,7 @@ class Case:
     family: str = "llama"
     lora: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    answers: int = 2
 
 
 CASES = {
@@ -61,6 +62,7 @@ CASES = {
     "a loss over the batch": Case(9, options={"loss": "aot", "beta": 0.02}),
     "several losses": Case(7, options={"loss": {"sigmoid": 1.0, "aot_unpaired": 0.5, "sft": 0.1}}),
     "weighted": Case(6, options={"wpo": True, "ld_alpha": 0.5}),
+    "rankings of 2 to 5": Case(7, options={"loss": "plackett_luce"}, answers=5),
     "experts": Case(5, "mixtral", options={"router_aux_loss": 0.5}),
     "a window and caps": Case(5, "gemma2"),
     "tied weights": Case(4, "qwen2"),
@@ -74,8 +76,9 @@ FAMILIES_USED = sorted({case.family for case in CASES.values()})
 WORLDS = {"2 whole": (2, False), "2 sharded": (2, True), "3 sharded": (3, True)}
 
 
-def _pairs(folder: Path, count: int) -> list[TokenPair]:
-    return with_reference(tiny_policy(folder, lora=False, trainable=False), random_pairs(count, vocabulary=VOCABULARY))
+def _pairs(folder: Path, count: int, answers: int = 2) -> list[TokenPair]:
+    pairs = random_rankings(count, most=answers, vocabulary=VOCABULARY)
+    return with_reference(tiny_policy(folder, lora=False, trainable=False), pairs)
 
 
 def _policy(folder: Path, ranks: Ranks, sharded: bool, lora: bool) -> Policy:
@@ -92,7 +95,7 @@ def _weights(policy: Policy) -> torch.Tensor:
 def _sgd(case: Case, root: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
     """Weight changes and sums of a few steps at rate 1."""
     folder, config = root / case.family, replace(CONFIG, **case.options)
-    pairs = _pairs(folder, case.pairs)
+    pairs = _pairs(folder, case.pairs, case.answers)
     policy = _policy(folder, ranks, sharded, case.lora)
     before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
@@ -116,7 +119,7 @@ def _fit(root: Path, output: Path, ranks: Ranks, sharded: bool, stop: int | None
     # A later max_steps is no other training here: the origin is given by hand, and the schedule is constant.
     config = replace(CONFIG, epochs=2, schedule="constant", max_steps=stop, lora=None if sharded else CONFIG.lora)
     job = Fit(config=config, train_pairs=pairs, validation_pairs=pairs[:3], seed=0, origin={"of": "d"},
-              folder=output)  # fmt: skip
+              home=str(output))  # fmt: skip
     fit(policy, job, ranks)
     state = whole_state(policy, keep=True)
     assert all(len(tensor) or not tensor.shape for tensor in state.values())

@@ -112,7 +112,12 @@ def test_mlflow_holds_one_parent_with_stages_and_trials_below(first: Finished) -
     tags = stages["train"].data.tags
     assert tags["dpo.input.scored"] == first.record("score_reference")["digest"]
     assert tags["dpo.code_version"] == first.record("train")["code_version"]
-    assert {f.path for f in client.list_artifacts(stages["evaluate"].info.run_id)} >= {"report.html", "record.json"}
+    for stage in ("prepare", "evaluate"):
+        files = {f.path for f in client.list_artifacts(stages[stage].info.run_id)}
+        assert files >= {"report.html", "report.json", "record.json"}
+    (data,) = stages["prepare"].inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.source_type) == ("pairs.jsonl", "local")
+    assert data.dataset.digest == first.record("prepare")["inputs"]["data"]
 
 
 def test_registered_version_generates_text_in_a_fresh_process(first: Finished) -> None:

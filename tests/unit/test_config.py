@@ -160,8 +160,44 @@ def test_file_is_read_and_relative_paths_become_absolute(tmp_path: Path, monkeyp
     assert load_config("c.yaml").prepare.path == str(Path.home() / "x.jsonl")
     assert load_config("c.yaml", ["model.path=here"]).model.path == str(tmp_path / "here")
     assert load_config("c.yaml", ["model.path=./absent"]).model.path == str(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="local paths"):
-        load_config("c.yaml", ["store=s3://bucket/x"])
+    assert load_config("c.yaml", ["store=s3://bucket/x/"]).store == "s3://bucket/x"
+    assert load_config("c.yaml", ["prepare.path=hf://org/name"]).prepare.path == "hf://org/name"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("store=gs://bucket/x", "store has an address"),
+        ("store=hf://org/name", "store has an address"),
+        ("prepare.path=ftp://host/x", "prepare has an address"),
+        ("prepare.sources=[{path: y.jsonl}]", "only one of them"),
+        ("prepare.path=null", "only one of them"),
+        ("prepare.weight=1.0", "no meaning without other sources"),
+        ("prepare={sources: [{path: a, weight: 1.0}, {path: b}]}", "every source has a weight or none"),
+        ("prepare={path: a, template: plain, chat_template: t}", "no meaning with prepare.template=plain"),
+        ("prepare={sources: [{path: a, split: train}]}", "nothing to evaluate on"),
+        ("prepare={sources: [{pth: a}]}", "unknown key 'prepare.sources.0.pth'"),
+        ("prepare={sources: [{path: a, format: nectar}]}", "prepare.sources.0.format"),
+    ],
+)
+def test_data_that_cannot_be_meant_is_refused(override: str, message: str) -> None:
+    """Addresses of other kinds, one source and several, weights of some, a template that is not used."""
+    with pytest.raises(ConfigError, match=message):
+        parse_config("model: {path: m}\nprepare: {path: x.jsonl}\n", [override])
+
+
+def test_sources_have_absolute_paths_and_one_source_is_a_list_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heldout pairs of a source of their own need no fraction."""
+    monkeypatch.chdir(tmp_path)
+    one = parse_config("model: {path: m}\nprepare: {path: x.jsonl, format: hh, fields: {origin: o}}\n").prepare
+    assert [(s.path, s.format, s.fields) for s in one.all_sources] == [
+        (str(tmp_path / "x.jsonl"), "hh", {"origin": "o"})
+    ]
+    several = "prepare: {sources: [{path: a}, {path: s3://b/c, split: heldout}], heldout_fraction: 0.0}"
+    config = parse_config(f"model: {{path: m}}\n{several}\n")
+    assert [source.path for source in config.prepare.all_sources] == [str(tmp_path / "a"), "s3://b/c"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ ALLOWED = {
     "transformers": ("dpo_train/data/tokens.py", "dpo_train/model/"),
     "peft": ("dpo_train/model/",),
     "kfp": ("components/", "pipelines/"),
+    "s3fs": ("dpo_train/storage/",),
+    "botocore": ("dpo_train/storage/",),
+    "datasets": ("dpo_train/data/sources/",),
     "kubernetes": ("dpo_train/cluster/",),
 }
 

@@ -11,6 +11,7 @@ import pytest
 from dpo_train.artifacts import Artifact, Record
 from dpo_train.config import RunConfig
 from dpo_train.errors import GateRefusedError, NotLearnedError, StoreError
+from dpo_train.launch import raw_data
 from dpo_train.progress import Reporter
 from dpo_train.registry import check_verdict
 from dpo_train.stages import register
@@ -40,7 +41,7 @@ def report(folder: Path, digest: str, policy_digest: str, *, learned: bool = Tru
     details = {"learned": learned, "passed": passed, "beta": 0.1}
     inputs = {"policy": policy_digest}
     record = Record(stage="evaluate", digest=digest, config={}, inputs=inputs, code_version="x", details=details)
-    return Artifact(path=folder, record=record)
+    return Artifact(home=str(folder), record=record)
 
 
 def test_default_store_needs_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,6 +82,26 @@ def test_steps_appear_while_the_stage_runs_and_once_each(config: RunConfig, tmp_
 
     points = tracking.client.get_metric_history(run_id, "loss")
     assert sorted((point.step, point.value) for point in points) == [(1, 0.7), (2, 0.6), (3, 0.5)]
+
+
+def test_raw_data_are_inputs_of_the_run(tmp_path: Path) -> None:
+    """Each source by its name, with its address, kind and digest; equal names are told apart."""
+    sources = [{"path": "s3://bucket/a.jsonl"}, {"path": "hf://org/name"}, {"path": str(tmp_path / "a.jsonl")}]
+    config = tiny_config(tmp_path, prepare__path=None, prepare__sources=sources)
+    inputs = {"data/0": "d0", "data/1": "d1", "data/2": "d2", "tokenizer": "t"}
+    counts = {"records": 5, "used": 4, "rejected": 1}
+    record = Record(stage="prepare", digest="x", config={}, inputs=inputs, code_version="x", counts=counts)
+    tracking = Tracking(config)
+    run_id = tracking.start_run("prepare")
+    tracking.log_data(run_id, raw_data(config, Artifact(home=str(tmp_path), record=record)), counts)
+
+    found = [entry.dataset for entry in tracking.client.get_run(run_id).inputs.dataset_inputs]
+    assert sorted((d.name, d.source_type, json.loads(d.source)["uri"], d.digest) for d in found) == [
+        ("a.jsonl (0)", "s3", "s3://bucket/a.jsonl", "d0"),
+        ("a.jsonl (2)", "local", str(tmp_path / "a.jsonl"), "d2"),
+        ("name", "hugging_face", "hf://org/name", "d1"),
+    ]
+    assert json.loads(found[0].profile) == counts
 
 
 def test_deleted_experiment_is_explained(config: RunConfig, tmp_path: Path) -> None:

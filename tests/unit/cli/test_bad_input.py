@@ -64,7 +64,7 @@ def test_missing_config_says_how_to_get_one(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b"\xff\xfe\x00 not text\n" * 3, "undecodable"),
-        (b'{"question": "a", "answer": "b"}\n' * 3, "no prompt, chosen, rejected"),
+        (b'{"question": "a", "answer": "b"}\n' * 3, "Got: the fields question, answer."),
     ],
     ids=["empty", "binary", "other fields"],
 )
@@ -145,11 +145,11 @@ def test_full_disk_under_the_whole_store(config_file: Path, tmpfs: Path) -> None
 
 
 def test_data_that_cannot_be_read(config_file: Path) -> None:
-    """A file whose bytes the system does not give out."""
+    """A file of which the system shows nothing."""
     broken = config_file.parent / "broken.jsonl"
     broken.symlink_to("/proc/self/mem")
 
-    check(dpo("run", str(config_file), f"prepare.path={broken}"), 2, "cannot be read")
+    check(dpo("run", str(config_file), f"prepare.path={broken}"), 2, "is empty")
 
 
 def test_overrides_may_follow_an_option(config_file: Path) -> None:

@@ -28,6 +28,18 @@ def test_rejected_answer_sees_the_prompt_and_itself_but_not_the_chosen() -> None
     ]
 
 
+def test_further_answers_of_a_ranking_see_the_prompt_and_themselves() -> None:
+    """Prompt of 1, four answers of 1 or 2 tokens."""
+    assert _mask([0] * 6, [PROMPT, CHOSEN, REJECTED, 3, 3, 4]) == [
+        "x.....",
+        "xx....",
+        "x.x...",
+        "x..x..",
+        "x..xx.",
+        "x....x",
+    ]
+
+
 def test_pairs_of_a_row_do_not_see_each_other() -> None:
     """Two pairs of one token each part: two blocks on the diagonal."""
     assert _mask([0, 0, 0, 1, 1, 1], [PROMPT, CHOSEN, REJECTED] * 2) == [

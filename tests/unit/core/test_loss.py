@@ -8,6 +8,7 @@ import typing
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dpo_train.config import TrainConfig
 from dpo_train.core.loss import LOSSES, PreferenceLoss, preference_loss, wpo_weights
@@ -203,6 +204,29 @@ def test_plackett_luce_of_two_answers_is_dpo() -> None:
     assert loss_P.item() == pytest.approx(result.losses_P.item(), rel=1e-12)
     assert policy_PK.grad[0].tolist() == pytest.approx([chosen.grad.item(), rejected.grad.item()], rel=1e-12)
     assert _loss(*LOGPS, kind="plackett_luce")[0].losses_P.item() == pytest.approx(result.losses_P.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("padding", [0.0, 1e30, math.inf, math.nan])
+def test_rankings_of_different_length_do_not_see_their_padding(padding: float, divergence: str) -> None:
+    """Of 2 to 5 answers side by side: values and slopes are those of each alone; padding has a slope of zero."""
+    generator = torch.Generator().manual_seed(0)
+    policy_PK, reference_PK = (30 * torch.randn(4, 5, generator=generator) for _ in range(2))
+    exists_PK = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    padded_PK = torch.where(F.pad(exists_PK, (1, 0), value=True), policy_PK, padding).requires_grad_()
+    options = {"kind": "plackett_luce", "divergence": divergence}
+    sides = (padded_PK[:, 0], padded_PK[:, 1:], reference_PK[:, 0], reference_PK[:, 1:])
+    losses_P = preference_loss(*sides, rejected_exists_PK=exists_PK, **options).losses_P
+    losses_P.sum().backward()
+    for index in range(4):
+        end = index + 2
+        alone_PK = policy_PK[index : index + 1, :end].clone().requires_grad_()
+        reference = reference_PK[index : index + 1, :end]
+        loss = preference_loss(alone_PK[:, 0], alone_PK[:, 1:], reference[:, 0], reference[:, 1:], **options).losses_P
+        loss.sum().backward()
+        assert torch.equal(losses_P[index], loss[0])
+        assert torch.allclose(padded_PK.grad[index, :end], alone_PK.grad[0], rtol=1e-6, atol=0.0)
+        assert (padded_PK.grad[index, end:] == 0).all()
 
 
 def test_several_rejected_answers_are_for_rankings_alone() -> None:

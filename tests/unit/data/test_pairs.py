@@ -11,27 +11,72 @@ import pytest
 
 from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, Message, PreferencePair, token_pairs
 
-PAIR = PreferencePair((Message("user", "ab"),), "c", "d", group="g")
+CHOSEN, REJECTED = Message("assistant", "c"), Message("assistant", "d")
+PAIR = PreferencePair((Message("user", "ab"),), CHOSEN, REJECTED, group="g")
 
 
 def test_pair_id_is_the_content_alone() -> None:
     """The same pair has the same id in any group, file or process (the literal pins it across versions)."""
     assert PAIR.pair_id == replace(PAIR, group="other").pair_id == "687cffb323bf336a"
+    assert PAIR.pair_id == replace(PAIR, strength=1.0, agreement=0.5, origin="web").pair_id
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(PAIR, chosen="d", rejected="c"),
-        replace(PAIR, chosen="c "),
+        replace(PAIR, chosen=REJECTED, rejected=CHOSEN),
+        replace(PAIR, chosen=Message("assistant", "c ")),
+        replace(PAIR, chosen=Message("assistant", "c", '{"tool_calls": []}')),
+        replace(PAIR, tools="[]"),
         replace(PAIR, prompt=(Message("system", "ab"),)),
+        replace(PAIR, prompt=(Message("user", "ab", '{"name": "x"}'),)),
         replace(PAIR, prompt=(Message("user", "a"), Message("user", "b"))),
-        replace(PAIR, prompt=(Message("user", "a"),), chosen="bc"),
+        replace(PAIR, prompt=(Message("user", "a"),), chosen=Message("assistant", "bc")),
     ],
 )
 def test_other_content_has_another_id(other: PreferencePair) -> None:
-    """Swapped answers, a blank, another role, and text moved across a border."""
+    """Swapped answers, a blank, another role, tool calls, tools, and text moved across a border."""
     assert other.pair_id != PAIR.pair_id
+
+
+def test_id_of_a_ranking_is_that_of_all_its_answers_in_order() -> None:
+    """None of these is another: a pair, three rankings over the same answers, tools, an answer with tool calls."""
+    a, b = Message("assistant", "a"), Message("assistant", "b")
+    rankings = [
+        PAIR,
+        replace(PAIR, others=(a,)),
+        replace(PAIR, others=(a, b)),
+        replace(PAIR, others=(b, a)),
+        replace(PAIR, others=(a,), tools="[]"),
+        replace(PAIR, others=(replace(a, extra="{}"),)),
+    ]
+    assert len({pair.pair_id for pair in rankings}) == len(rankings)
+    assert rankings[2].answers == (CHOSEN, REJECTED, a, b)
+
+
+def _rankings() -> pa.Table:
+    """Rows of 2, 4 and 3 answers, then a null as an unmigrated pair has."""
+    others = [[], [[7], [8, 9]], [[1, 2, 3]], None]
+    rows = _table(4, scored=True).to_pylist()
+    for row, ids in zip(rows, others, strict=True):
+        row["other_ids"] = ids
+        row["reference_other_logps"] = ids and [[-float(i) for i in answer] for answer in ids]
+    return pa.Table.from_pylist(rows, SCORED_SCHEMA)
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_further_answers_read_back_whatever_the_slice(start: int) -> None:
+    """Lists in lists have two runs of offsets; a slice moves into both, and chunks begin anew."""
+    table = _rankings()
+    wanted = [[], [[7], [8, 9]], [[1, 2, 3]], []]
+    for found in (
+        token_pairs(table.slice(start)),
+        token_pairs(pa.concat_tables([table, table]).slice(start, 4))[: 4 - start],
+        [token_pairs(table.slice(i, 1))[0] for i in range(start, 4)],
+    ):
+        assert [[ids.tolist() for ids in pair.other_ids] for pair in found] == wanted[start:]
+        assert [[(-logps).tolist() for logps in pair.reference_other_logps] for pair in found] == wanted[start:]
+    assert [pair.num_tokens for pair in token_pairs(table)] == [6, 6 + 3, 6 + 3, 6]
 
 
 def _table(count: int, *, scored: bool) -> pa.Table:

@@ -11,28 +11,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_train.data.pairs import OUTCOME_SCHEMA, PAIR_SCHEMA, SPLITS
-from dpo_train.data.select import counts, select_pairs, split_of
+from dpo_train.data.pairs import OUTCOME_SCHEMA, SPLITS
+from dpo_train.data.select import Limit, decide, hash64, keys, limits_for, split_of
 
 FRACTIONS = {"validation_fraction": 0.2, "heldout_fraction": 0.1}
-NO_LIMITS: dict[str, int | None] = {}
 
 
-def _row(line: int, pair_id: str | None, reason: str | None = None, source: str = "a.jsonl") -> dict[str, Any]:
+def _row(line: int, pair_id: str | None = None, reason: str | None = None, **changes: Any) -> dict[str, Any]:
+    """A pair of answers "good" and "bad" to a prompt of its own, unless said otherwise."""
     row: dict[str, Any] = dict.fromkeys(OUTCOME_SCHEMA.names)
-    row.update(source=source, line=line, reason=reason)
+    row.update(dataset=0, source="a.jsonl", line=line, candidate=0, reason=reason, prompt_hash=hash64(str(pair_id)))
     if reason is None:
-        split = split_of(str(pair_id), seed=0, **FRACTIONS)
-        row.update(pair_id=pair_id, group=pair_id, split=split, truncated_answers=line % 3)
-    return row
+        row.update(pair_id=pair_id, split=split_of(str(pair_id), seed=0, **FRACTIONS), chosen="good", rejected="bad")
+        row.update(chosen_extra="", rejected_extra="")
+    return row | changes
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, OUTCOME_SCHEMA)
+def _decide(rows: list[dict[str, Any]], seed: int = 0, limits: list[Limit] | None = None) -> list[dict[str, Any]]:
+    table = pa.Table.from_pylist(rows, OUTCOME_SCHEMA)
+    return decide(table, seed=seed, limits=limits or []).to_pylist()
 
 
-def _used(by_split: dict[str, pa.Table]) -> dict[str, list[str]]:
-    return {split: table["pair_id"].to_pylist() for split, table in by_split.items()}
+def _reasons(rows: list[dict[str, Any]], **options: Any) -> dict[tuple[str, int], str | None]:
+    return {(row["source"], row["line"]): row["reason"] for row in _decide(rows, **options)}
 
 
 def test_split_shares_are_what_was_asked() -> None:
@@ -58,81 +59,148 @@ def test_no_fraction_means_an_empty_split() -> None:
 
 @given(old=st.sets(st.integers(0, 999), max_size=30), new=st.sets(st.integers(1000, 1999), max_size=30))
 def test_appended_data_moves_nothing(old: set[int], new: set[int]) -> None:
-    """Pairs that were there before keep their split when records are appended."""
+    """Pairs that were there before are used as before, in the same split, when records are appended."""
     rows = [_row(i, f"p{i}") for i in sorted(old)]
-    before, _ = select_pairs(_table(rows), seed=0, limits=NO_LIMITS)
-    after, _ = select_pairs(_table(rows + [_row(i, f"p{i}") for i in sorted(new)]), seed=0, limits=NO_LIMITS)
-    for split in SPLITS:
-        assert set(_used(before)[split]) <= set(_used(after)[split])
+    appended = [_row(i, f"p{i}") for i in sorted(new)]
+    after = {row["line"]: row for row in _decide(rows + appended)}
+    assert all(after[row["line"]] == row for row in _decide(rows))
 
 
-@given(
-    ids=st.lists(st.none() | st.integers(0, 20), max_size=40),
-    limits=st.fixed_dictionaries(dict.fromkeys(SPLITS, st.none() | st.integers(1, 5))),
-    seed=st.integers(0, 3),
-)
-def test_records_are_used_or_rejected_and_order_does_not_matter(
-    ids: list[int | None], limits: dict[str, int | None], seed: int
-) -> None:
-    """records = used + rejected, limits hold, no pair twice, and shuffled blocks give the same tables."""
+@given(ids=st.lists(st.none() | st.integers(0, 20), max_size=40), seed=st.integers(0, 3))
+def test_nothing_is_lost_and_order_does_not_matter(ids: list[int | None], seed: int) -> None:
+    """Every candidate comes out once, no pair is used twice, and shuffled rows give the same table."""
     rows = [_row(i, None, "empty_prompt") if p is None else _row(i, f"p{p}") for i, p in enumerate(ids, 1)]
-    by_split, rejections = select_pairs(_table(rows), seed=seed, limits=limits)
-    found = counts(by_split, rejections)
-    assert found["records"] == len(rows) == found["used"] + found["rejected"]
-    assert found["used"] == sum(found[f"pairs/{split}"] for split in SPLITS)
-    assert found["rejected"] == sum(number for name, number in found.items() if name.startswith("rejected/"))
-    used_lines = [line for table in by_split.values() for line in table["line"].to_pylist()]
-    assert sorted(used_lines + rejections["line"].to_pylist()) == list(range(1, len(rows) + 1))
-    used_ids = [pair_id for pair_ids in _used(by_split).values() for pair_id in pair_ids]
-    assert len(used_ids) == len(set(used_ids))
-    for split, limit in limits.items():
-        assert limit is None or len(by_split[split]) <= limit
+    found = _decide(rows)
+    assert [row["line"] for row in found] == list(range(1, len(rows) + 1))
+    used = [row["pair_id"] for row in found if row["reason"] is None]
+    assert sorted(used) == sorted({f"p{p}" for p in ids if p is not None})
     Random(seed).shuffle(rows)
-    again, rejections_again = select_pairs(_table(rows), seed=seed, limits=limits)
-    assert all(again[split].equals(by_split[split]) for split in SPLITS)
-    assert rejections_again.equals(rejections)
+    assert _decide(rows) == found
 
 
 def test_duplicate_names_the_line_that_is_kept() -> None:
-    """The first in the order of files and lines stays, also if its block came last."""
-    rows = [_row(9, "p", source="b.jsonl"), _row(5, "p"), _row(2, "p")]
-    by_split, rejections = select_pairs(_table(rows), seed=0, limits=NO_LIMITS)
-    assert sum(len(table) for table in by_split.values()) == 1
-    assert rejections.to_pylist() == [
-        {"source": "a.jsonl", "line": 5, "reason": "duplicate", "detail": "of a.jsonl line 2"},
-        {"source": "b.jsonl", "line": 9, "reason": "duplicate", "detail": "of a.jsonl line 2"},
+    """The first in the order of sources, files and lines stays, also if its block came last."""
+    rows = [_row(9, "p", source="b.jsonl"), _row(1, "p", dataset=1), _row(5, "p"), _row(2, "p")]
+    found = {(row["dataset"], row["source"], row["line"]): (row["reason"], row["detail"]) for row in _decide(rows)}
+    assert found == {
+        (0, "a.jsonl", 2): (None, None),
+        (0, "a.jsonl", 5): ("duplicate", "of a.jsonl line 2"),
+        (0, "b.jsonl", 9): ("duplicate", "of a.jsonl line 2"),
+        (1, "a.jsonl", 1): ("duplicate", "of a.jsonl line 2"),
+    }
+
+
+def test_rankings_that_begin_alike_do_not_contradict_each_other() -> None:
+    """Equal best and second answers above other thirds, and a pair of the same two: all stay. A pair the other way
+    round contradicts the pair alone."""
+    third, fourth = ({"content": text, "extra": ""} for text in ("awful", "worse"))
+    same = {"prompt_hash": 7, "split": "train"}
+    rows = [
+        _row(1, "r1", others=[third], **same),
+        _row(2, "r2", others=[third, fourth], **same),
+        _row(3, "p1", others=[], **same),
     ]
+    assert list(_reasons(rows).values()) == [None, None, None]
+    rows.append(_row(4, "p2", chosen="bad", rejected="good", **same))
+    assert list(_reasons(rows).values()) == [None, None, "contradiction", "contradiction"]
+
+
+def test_contradiction_rejects_both_and_says_where_the_other_stands() -> None:
+    """A over B and B over A: neither is used. The same answers to another prompt have nothing to do with it."""
+    same = {"prompt_hash": 7, "split": "train"}
+    rows = [
+        _row(1, "p1", **same),
+        _row(2, "p2", chosen="bad", rejected="good", **same),
+        _row(3, "p1", **same),
+        _row(4, "p3", chosen="bad", rejected="good", prompt_hash=8),
+        _row(5, "p4", chosen="good", rejected="awful", **same),
+    ]
+    found = {row["line"]: (row["reason"], row["detail"]) for row in _decide(rows)}
+    assert found == {
+        1: ("contradiction", "a.jsonl line 2 prefers the other answer"),
+        2: ("contradiction", "a.jsonl line 1 prefers the other answer"),
+        3: ("duplicate", "of a.jsonl line 1"),
+        4: (None, None),
+        5: (None, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("splits", "reasons"),
+    [
+        (("train", "heldout"), ("prompt_in_heldout", None)),
+        (("validation", "train"), (None, "prompt_in_validation")),
+        (("validation", "heldout"), ("prompt_in_heldout", None)),
+        (("train", "train"), (None, None)),
+    ],
+)
+def test_a_prompt_stands_in_one_split(splits: tuple[str, str], reasons: tuple[str | None, str | None]) -> None:
+    """Pairs of one prompt can come into two splits by their groups; what measures keeps it."""
+    rows = [_row(i, f"p{i}", prompt_hash=1, rejected=f"bad {i}", split=split) for i, split in enumerate(splits)]
+    assert tuple(_reasons(rows).values()) == reasons
 
 
 def test_limit_is_a_seeded_choice_and_counted() -> None:
-    """Of 50 training pairs 10 stay; another seed takes others; the rest are rejections with their reason."""
+    """Of the training pairs the 10 of lowest key stay; another seed takes others; the rest say why."""
     rows = [_row(i, f"p{i}") for i in range(100)]
-    limits = {"train": 10, "validation": None, "heldout": None}
-    everything, _ = select_pairs(_table(rows), seed=0, limits=NO_LIMITS)
-    by_split, rejections = select_pairs(_table(rows), seed=0, limits=limits)
-    chosen = _used(by_split)["train"]
-    assert len(chosen) == 10
-    assert set(chosen) < set(_used(everything)["train"])
-    assert chosen != sorted(_used(everything)["train"])[:10]
-    assert chosen != _used(select_pairs(_table(rows), seed=1, limits=limits)[0])["train"]
-    assert set(rejections["reason"].to_pylist()) == {"over_limit"}
-    assert set(rejections["detail"].to_pylist()) == {"train is limited to 10 pairs"}
-    assert _used(by_split)["heldout"] == _used(everything)["heldout"]
+    train = [row["pair_id"] for row in rows if row["split"] == "train"]
+    chosen = {}
+    for seed in (0, 1):
+        limits = limits_for({("train", 0): keys(train, seed)}, {"train": 10}, [None])
+        found = _decide(rows, seed=seed, limits=limits)
+        chosen[seed] = [row["pair_id"] for row in found if row["reason"] is None and row["split"] == "train"]
+        assert len(chosen[seed]) == 10
+        rest = [(row["reason"], row["detail"]) for row in found if row["reason"] is not None]
+        assert set(rest) == {("over_limit", "train is limited to 10 pairs")}
+        assert len(rest) == len(train) - 10
+    assert chosen[0] != chosen[1] != train[:10]
 
 
-def test_counts_are_worked_by_hand() -> None:
-    """Two pairs (1 + 2 answers cut), one duplicate, two broken records."""
-    rows = [_row(1, "p1"), _row(2, "p2"), _row(3, "p1"), _row(4, None, "empty_answer"), _row(5, None, "empty_answer")]
-    by_split, rejections = select_pairs(_table(rows), seed=0, limits=NO_LIMITS)
-    found = counts(by_split, rejections)
-    assert (found["records"], found["used"], found["rejected"]) == (5, 2, 3)
-    assert (found["rejected/duplicate"], found["rejected/empty_answer"]) == (1, 2)
-    assert found["truncated_answers"] == 3
+def test_limit_beyond_what_there_is_rejects_nothing() -> None:
+    """Nor does an empty split."""
+    assert limits_for({("train", 0): keys(["a", "b"], 0)}, {"train": 2, "heldout": 5}, [None]) == []
 
 
-def test_tables_have_the_layout_of_pairs_and_the_order_of_ids() -> None:
-    """So that an output's bytes do not depend on the order of the input."""
-    by_split, _ = select_pairs(_table([_row(i, f"p{9 - i}") for i in range(9)]), seed=0, limits=NO_LIMITS)
-    for table in by_split.values():
-        assert table.schema.equals(PAIR_SCHEMA)
-        assert table["pair_id"].to_pylist() == sorted(table["pair_id"].to_pylist())
+@pytest.mark.parametrize(
+    ("sizes", "weights", "limit", "kept"),
+    [
+        ((100, 100), (1.0, 1.0), None, (100, 100)),
+        ((100, 100), (3.0, 1.0), None, (100, 33)),
+        ((100, 40), (1.0, 1.0), None, (40, 40)),
+        ((100, 40), (0.9, 0.1), None, (100, 11)),
+        ((100, 100), (3.0, 1.0), 40, (30, 10)),
+        ((100, 100, 0), (1.0, 1.0, 5.0), 10, (5, 5, 0)),
+    ],
+)
+def test_weights_give_the_largest_mixture_without_repeats(
+    sizes: tuple[int, ...], weights: tuple[float, ...], limit: int | None, kept: tuple[int, ...]
+) -> None:
+    """100 and 100 pairs at 3 to 1 are 100 and 33; at most 40 of them are 30 and 10. An empty source does not count."""
+    rows = [
+        _row(line, f"{dataset}-{line}", dataset=dataset, split="train")
+        for dataset, size in enumerate(sizes)
+        for line in range(size)
+    ]
+    found = {
+        ("train", dataset): keys([row["pair_id"] for row in rows if row["dataset"] == dataset], 0)
+        for dataset in range(len(sizes))
+    }
+    decided = _decide(rows, limits=limits_for(found, {"train": limit}, weights))
+    used = [sum(row["dataset"] == d and row["reason"] is None for row in decided) for d in range(len(sizes))]
+    assert tuple(used) == kept
+    assert {row["reason"] for row in decided} <= {None, "over_weight"}
+
+
+def test_weights_leave_validation_and_heldout_alone() -> None:
+    """They mix what is trained on; what measures stays whole."""
+    found = {("train", 0): keys(["a", "b"], 0), ("train", 1): keys(["c"], 0), ("heldout", 1): keys(["d", "e"], 0)}
+    assert {limit.split for limit in limits_for(found, {}, [1.0, 1.0])} == {"train"}
+
+
+def test_every_split_is_asked_for_its_limit() -> None:
+    """One limit each where more pairs are there than may stay."""
+    found = {(split, 0): keys(["a", "b", "c"], 0) for split in SPLITS}
+    limits = limits_for(found, dict.fromkeys(SPLITS, 1), [None])
+    assert [(limit.split, limit.highest_key) for limit in limits] == [
+        (split, int(min(keys(["a", "b", "c"], 0)))) for split in SPLITS
+    ]

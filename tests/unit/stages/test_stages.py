@@ -15,6 +15,7 @@ import pytest
 from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, SPLITS
+from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError, DataError, ModelError, NonFiniteLossError, StoreError
 from dpo_train.progress import Reporter
 from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
@@ -70,12 +71,12 @@ def test_prepare_accounts_for_every_record(config: RunConfig, tmp_path: Path) ->
         (5, "duplicate"),
     ]
     assert rejections[3]["detail"] == "of pairs.jsonl line 4"
-    assert pq.read_schema(made.path / "train.parquet").equals(PAIR_SCHEMA)
+    assert Split(made, "train").table().schema.equals(PAIR_SCHEMA)
 
 
 def test_no_group_is_in_two_splits(pairs: Artifact) -> None:
     """A conversation stays whole."""
-    groups = [set(pq.read_table(pairs.path / f"{split}.parquet")["group"].to_pylist()) for split in SPLITS]
+    groups = [set(Split(pairs, split).table()["group"].to_pylist()) for split in SPLITS]
 
     assert all(groups)
     assert groups[0] & groups[1] == groups[0] & groups[2] == groups[1] & groups[2] == set()
@@ -84,9 +85,9 @@ def test_no_group_is_in_two_splits(pairs: Artifact) -> None:
 def test_scores_stand_beside_their_pair(scored: Artifact, pairs: Artifact) -> None:
     """As many log-probs as answer tokens, all negative, in the order of the pairs."""
     for split in SPLITS:
-        table = pq.read_table(scored.path / f"{split}.parquet")
+        table = Split(scored, split).table()
         assert table.schema.equals(SCORED_SCHEMA)
-        assert table["pair_id"].to_pylist() == pq.read_table(pairs.path / f"{split}.parquet")["pair_id"].to_pylist()
+        assert table["pair_id"].to_pylist() == Split(pairs, split).table()["pair_id"].to_pylist()
         for row in table.to_pylist():
             for side in ("chosen", "rejected"):
                 assert len(row[f"reference_{side}_logps"]) == len(row[f"{side}_ids"])
@@ -205,7 +206,7 @@ def test_full_training_starts_as_its_reference_and_learns(config: RunConfig, sco
 
     assert (made.path / "model" / "model.safetensors").is_file()
     assert made.record.metrics["first_loss"] == pytest.approx(math.log(2), rel=1e-4)
-    assert made.record.counts["validation_pairs"] == pq.read_metadata(scored.path / "validation.parquet").num_rows > 0
+    assert made.record.counts["validation_pairs"] == Split(scored, "validation").num_pairs > 0
     assert evaluate(full, scored, made, LOCAL).record.details["learned"] is True
 
 
@@ -213,13 +214,14 @@ def test_pairs_of_few_groups_are_not_judged(config: RunConfig, policy: Artifact,
     """Sixty right of a hundred from one conversation are no evidence."""
     few = with_(config, "evaluate", min_heldout_pairs=2)
     scored = score_reference(config, prepare(config, LOCAL), LOCAL)
-    table = pq.read_table(scored.path / "heldout.parquet")
+    table = Split(scored, "heldout").table()
     one_group = table.set_column(table.column_names.index("group"), "group", pa.array(["same"] * len(table)))
     shutil.copytree(scored.path, tmp_path / "scored")
-    pq.write_table(one_group, tmp_path / "scored" / "heldout.parquet")
+    pq.write_table(one_group, tmp_path / "scored" / "heldout-00000.parquet")
 
+    changed = replace(scored, home=str(tmp_path / "scored"), record=replace(scored.record, files={}))
     with pytest.raises(DataError, match="too few groups"):
-        evaluate(few, replace(scored, path=tmp_path / "scored"), policy, LOCAL)
+        evaluate(few, changed, policy, LOCAL)
 
 
 def test_sweep_needs_validation_pairs(config: RunConfig, tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_evaluation_measures_heldout_pairs_only(config: RunConfig, scored: Artif
     """The report rests on the held-out pairs, and their margins are kept by pair."""
     made = evaluate(config, scored, policy, LOCAL)
 
-    heldout = pq.read_table(scored.path / "heldout.parquet")
+    heldout = Split(scored, "heldout").table()
     margins = pq.read_table(made.path / "margins.parquet")
     assert margins["pair_id"].to_pylist() == heldout["pair_id"].to_pylist()
     report = json.loads((made.path / "report.json").read_text())

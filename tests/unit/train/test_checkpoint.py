@@ -37,7 +37,7 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _checkpoints(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, origin: object = "id") -> Checkpoints:
-    return Checkpoints(folder, {"config": {"beta": 0.1}, "data": origin}, policy, optimizer, Ranks())
+    return Checkpoints(str(folder), {"config": {"beta": 0.1}, "data": origin}, policy, optimizer, Ranks())
 
 
 def _save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, **state: Any) -> None:

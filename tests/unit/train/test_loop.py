@@ -58,7 +58,7 @@ def job(pairs: list[TokenPair], tmp_path: Path) -> Fit:
         validation_pairs=pairs[14:],
         seed=0,
         origin={"data": "id"},
-        folder=_folder(tmp_path, "run"),
+        home=str(_folder(tmp_path, "run")),
     )
 
 
@@ -87,7 +87,7 @@ def _stop_at(step: int) -> Callable[..., None]:
 
 def _history(job: Fit) -> list[dict[str, float]]:
     """Without the speed and the memory, which no two runs share."""
-    lines = read_history(job.folder / METRICS_FILE)
+    lines = read_history(Path(job.home) / METRICS_FILE)
     return [{name: value for name, value in line.items() if name not in SPEED_NAMES} for line in lines]
 
 
@@ -99,10 +99,10 @@ def test_resumed_training_equals_an_unbroken_one_bit_for_bit(
     """Killed after the checkpoint of step 3, at step 5, in the second epoch: weights and history are the same."""
     job = replace(job, config=replace(CONFIG, optimizer=optimizer, lora=lora))
     unbroken = _run(model_folder, job)
-    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    broken = replace(job, home=str(_folder(tmp_path, "broken")))
     with pytest.raises(InterruptionError):
         _run(model_folder, replace(broken, report=_stop_at(5)))
-    assert [p.name for p in (broken.folder / CHECKPOINT_FOLDER).iterdir()] == ["step-00000003"]
+    assert [p.name for p in (Path(broken.home) / CHECKPOINT_FOLDER).iterdir()] == ["step-00000003"]
     first_part = [line["step"] for line in _history(broken)]
     resumed_steps: list[float] = []
     resumed = _run(model_folder, replace(broken, report=lambda done, *_, **__: resumed_steps.append(done)))
@@ -116,7 +116,7 @@ def test_training_interrupted_before_its_first_checkpoint_starts_again(
     model_folder: Path, job: Fit, tmp_path: Path
 ) -> None:
     """Nothing was saved, so all steps are done again, and each stands once in the history."""
-    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    broken = replace(job, home=str(_folder(tmp_path, "broken")))
     with pytest.raises(InterruptionError):
         _run(model_folder, replace(broken, report=_stop_at(2)))
     again, unbroken = _run(model_folder, broken), _run(model_folder, job)
@@ -143,7 +143,7 @@ def test_checkpoint_of_another_origin_is_refused(model_folder: Path, job: Fit) -
 def test_history_has_one_line_per_step_with_its_numbers(model_folder: Path, job: Fit) -> None:
     """Seven steps; validation after step 4 and at the end; the rate follows the schedule; the loss starts at ln 2."""
     _run(model_folder, job)
-    history = read_history(job.folder / METRICS_FILE)
+    history = read_history(Path(job.home) / METRICS_FILE)
     assert [line["step"] for line in history] == list(range(7))
     assert [line["step"] for line in history if "validation/loss" in line] == [3, 6]
     # Warm-up 1/2, 1; then (1 + cos(k pi / 5)) / 2 for k = 0 to 4
@@ -156,7 +156,7 @@ def test_history_has_one_line_per_step_with_its_numbers(model_folder: Path, job:
 def test_training_pairs_are_learned(model_folder: Path, job: Fit) -> None:
     """Thirty passes over fourteen pairs: loss far below ln 2 and every pair right."""
     _run(model_folder, replace(job, config=replace(CONFIG, epochs=30, beta=1.0, checkpoint_steps=999)))
-    last = read_history(job.folder / METRICS_FILE)[-1]
+    last = read_history(Path(job.home) / METRICS_FILE)[-1]
     assert last["loss"] < 0.2
     assert last["rewards/accuracy"] == 1.0
 
@@ -236,7 +236,7 @@ def test_training_leaves_the_weights_that_were_asked_for(
     kept = _first_best(history) if keep == "best" else history[-1]
     assert kept_line(history, job.config) == kept
     until_then = replace(job.config, max_steps=int(kept["step"]) + 1, keep="last", patience=None)
-    wanted = _run(model_folder, replace(job, config=until_then, folder=_folder(tmp_path, "short")))
+    wanted = _run(model_folder, replace(job, config=until_then, home=str(_folder(tmp_path, "short"))))
     assert all(torch.equal(left[name], wanted[name]) for name in wanted)
 
 
@@ -245,7 +245,7 @@ def test_best_step_and_patience_survive_a_crash(model_folder: Path, job: Fit, tm
     """Wherever it was killed: the same steps, the same kept weights."""
     job = replace(job, config=replace(STOPPING, keep="best", checkpoint_steps=1))
     unbroken = _run(model_folder, job)
-    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    broken = replace(job, home=str(_folder(tmp_path, "broken")))
     with pytest.raises(InterruptionError):
         _run(model_folder, replace(broken, report=_stop_at(stop)))
     resumed = _run(model_folder, broken)
@@ -256,7 +256,7 @@ def test_best_step_and_patience_survive_a_crash(model_folder: Path, job: Fit, tm
 def test_preempted_training_saves_first_and_goes_on_bit_for_bit(model_folder: Path, job: Fit, tmp_path: Path) -> None:
     """The machine says at step 2 that it will go, between two checkpoints: nothing is trained twice."""
     unbroken = _run(model_folder, job)
-    broken = replace(job, folder=_folder(tmp_path, "broken"))
+    broken = replace(job, home=str(_folder(tmp_path, "broken")))
     asked = iter([False, True])
     with pytest.raises(PreemptedError, match="saved after 2 steps"):
         _run(model_folder, replace(broken, is_preempted=lambda: next(asked)))
@@ -287,7 +287,7 @@ def test_falling_chosen_answers_are_told_once(model_folder: Path, job: Fit) -> N
 def test_speed_and_filling_are_reported_with_every_step(model_folder: Path, job: Fit) -> None:
     """Rates are positive, a row is never more than full, and the memory is this process's."""
     _run(model_folder, job)
-    for line in read_history(job.folder / METRICS_FILE):
+    for line in read_history(Path(job.home) / METRICS_FILE):
         assert line["tokens_per_second"] > line["pairs_per_second"] > 0
         assert 0 < line["row_fill"] <= 1
         assert 0.05 < line["peak_memory_gb"] < 50
@@ -305,7 +305,7 @@ def test_validation_that_is_not_finite_stops_the_training(model_folder: Path, jo
 def test_history_that_lacks_steps_of_its_checkpoint_is_refused(model_folder: Path, job: Fit) -> None:
     """A power cut or a person removed lines: told at once, not after the rest of the training."""
     _run(model_folder, job)
-    file = job.folder / METRICS_FILE
+    file = Path(job.home) / METRICS_FILE
     file.write_text("".join(file.read_text().splitlines(keepends=True)[2:]))
     with pytest.raises(StoreError, match=r"lacks steps that its checkpoint has. Got: 5 lines. Expected: 7"):
         _run(model_folder, job)
@@ -313,7 +313,7 @@ def test_history_that_lacks_steps_of_its_checkpoint_is_refused(model_folder: Pat
 
 def test_order_of_pairs_depends_on_the_pairs_alone(job: Fit) -> None:
     """Another folder, origin or code gives the same batches; another pair gives others."""
-    same = replace(job, folder=job.folder / "elsewhere", origin={"data": "other"})
+    same = replace(job, home=str(Path(job.home) / "elsewhere"), origin={"data": "other"})
     other = replace(job, train_pairs=[replace(job.train_pairs[0], pair_id="new"), *job.train_pairs[1:]])
     ids = [[pair.pair_id for pair in fitting.batch(1)] for fitting in (job, same, other)]
     assert ids[0] == ids[1] != ids[2]
