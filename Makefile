@@ -19,8 +19,13 @@ demo-control: $(READY)
 	$(BIN)/python examples/assets.py demo/assets --shuffle-labels
 	$(BIN)/dpo run examples/demo.yaml prepare.path=demo/assets/chitchat-shuffled.jsonl; test $$? -eq 1
 
+# Unit tests and those of object storage run on two cores, by files; the others start Ray or many processes of their own.
+PARALLEL := tests/unit tests/s3
+REST := tests $(PARALLEL:%=--ignore=%)
+
 test: $(READY) lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(PARALLEL)
+	$(BIN)/pytest -m "not slow" $(REST)
 
 test-all: $(READY) lint
 	$(BIN)/pytest

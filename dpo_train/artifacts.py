@@ -16,25 +16,22 @@ record last; whoever reads fetches what the record lists. Nothing relies on a bu
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo_train import storage
-from dpo_train.errors import DiskFullError, StoreError
+from dpo_train.disk import disk_errors, empty, locked, write_atomically
+from dpo_train.errors import StoreError
 
 RECORD_FILE = "record.json"
 CLAIM_FILE = "claim.json"
@@ -137,25 +134,6 @@ def identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def digest_path(path: Path) -> str:
-    """SHA-256 over a file, or over the names and contents of all visible files below a folder."""
-    if not path.exists():
-        raise StoreError(f"There is nothing at {path}")
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
-    for file in files:
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def is_hidden(file: Path, root: Path) -> bool:
-    """Whether a file or a folder on the way to it has a name that begins with a dot."""
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
 def local_copy(home: str) -> Path:
     """The folder itself, or for s3:// the folder here that stands for it."""
     if not storage.is_remote(home):
@@ -239,15 +217,15 @@ def produce(
     config = json.loads(json.dumps(config))
     digest = identity(stage, config, inputs)
     claim = {"stage": stage, "digest": digest, "config": config, "inputs": dict(inputs)}
-    with _storage_errors(local):
+    with disk_errors(local):
         # Before the lock: a store may be mounted read-only. A bucket's lock lies here, and two looks cost twice.
         if not storage.is_remote(home) and (found := _complete(home, claim)):
             return found
-    with _storage_errors(local), _locked(local):
+    with disk_errors(local), locked(local):
         if found := _complete(home, claim):
             return found
         if local.exists() and not (resumable and _read(home, CLAIM_FILE) is not None):
-            _empty(local)  # a copy of what is no longer at s3:// is nothing to go on from
+            empty(local, last=CLAIM_FILE)  # a copy of what is no longer at s3:// is nothing to go on from
         local.mkdir(parents=True, exist_ok=True)
         if resumable:
             _fetch_unfinished(home)
@@ -304,7 +282,7 @@ def _renew_copy(artifact: Artifact) -> None:
     text = _record_text(artifact.record)
     if _is_copy_of(local, text):
         return
-    with _storage_errors(local), _locked(local):
+    with disk_errors(local), locked(local):
         if _is_copy_of(local, text):  # another process has just done it
             return
         for name in artifact.record.files:
@@ -393,19 +371,10 @@ def check_writable(target: Path | str) -> None:
     if storage.is_remote(home):
         storage.check_access(home, write=True)
     store = local_copy(home)
-    with _storage_errors(store):
+    with disk_errors(store):
         store.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=store):
             pass
-
-
-def _empty(folder: Path) -> None:
-    """Removes the content, the claim last: killed halfway, the folder is still known as ours."""
-    for path in sorted(folder.iterdir(), key=lambda p: p.name == CLAIM_FILE):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def library_versions() -> dict[str, str]:
@@ -417,20 +386,6 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes text to a temporary neighbour, flushes it to disk and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _complete(home: str, claim: Mapping[str, Any]) -> Artifact | None:
@@ -486,60 +441,3 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
             yield from differences(old, new, f"{prefix}{key}.")
         elif old != new and key != "digest":
             yield f"{prefix}{key} was {old!r}, is now {new!r}"
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """One producer per output. The lock dies with its process, so a crash leaves nothing to clear up."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path(target).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def lock_path(target: Path) -> Path:
-    """The lock file of an output, beside it so that emptying the output does not release it."""
-    return target.with_name(f".{target.name}.lock")
-
-
-def is_locked(target: Path) -> bool:
-    """Whether some process is making this output right now."""
-    path = lock_path(target)
-    if not path.exists():
-        return False
-    with path.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@contextmanager
-def _storage_errors(target: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into errors that say what to do."""
-    try:
-        yield
-    except (StoreError, DiskFullError):
-        raise
-    except Exception as error:
-        if is_disk_full(error):
-            raise DiskFullError(
-                f"The disk holding {target} is full; the output stays incomplete and does not count",
-                fix="free some space (`dpo gc` lists outputs that nothing refers to) and run the same command again",
-            ) from error
-        if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-            raise StoreError(
-                f"{target} cannot be written: {error.strerror}", fix="set `store` to a folder of yours"
-            ) from error
-        raise
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """torch.save raises a RuntimeError in whose context the OSError stands, safetensors an error of its own."""
-    signs = (os.strerror(errno.ENOSPC), "database or disk is full")  # the second is SQLite's
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

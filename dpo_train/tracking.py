@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train import storage
-from dpo_train.artifacts import RECORD_FILE, Artifact, is_disk_full
+from dpo_train.artifacts import RECORD_FILE, Artifact
 from dpo_train.config import RunConfig, to_dict
+from dpo_train.disk import is_disk_full
 from dpo_train.errors import ConfigError, DiskFullError, DpoError, MissingPackageError, UserError, first_line
 from dpo_train.progress import Follower
 

@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_train.artifacts import CLAIM_FILE, RECORD_FILE, lock_path, open_artifact
+from dpo_train.artifacts import CLAIM_FILE, RECORD_FILE, open_artifact
+from dpo_train.disk import lock_path
 from dpo_train.errors import StoreError
 from dpo_train.runs import run_folders, store_lock
 

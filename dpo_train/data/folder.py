@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.artifacts import digest_path
+from dpo_train.disk import digest_path
 from dpo_train.errors import ModelError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")

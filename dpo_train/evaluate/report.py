@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from dpo_train.artifacts import Estimate, Verdict, write_atomically
+from dpo_train.artifacts import Estimate, Verdict
+from dpo_train.disk import write_atomically
 from dpo_train.evaluate.preference import Preferences
 
 REPORT_JSON = "report.json"

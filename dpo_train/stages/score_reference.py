@@ -157,10 +157,10 @@ def _task(shard: Shard, name: str, rows: list[int]) -> pa.Table:
 
 def _check(config: RunConfig, splits: Sequence[Split]) -> int:
     """What can be seen before a model is loaded; returns the number of tokens in packed rows."""
-    total = 0
+    total, model = 0, model_folder(config.model.path)
     for split in splits:
         for table in split.tables(TOKENS):
-            check_model_reads(table, model_folder(config.model.path))
+            check_model_reads(table, model)
             check_rows(table, config.score.row_tokens, "score.row_tokens")
             total += int(lengths(table).sum())
     return total

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.artifacts import RECORD_FILE, local_copy, mirror, open_artifact, write_atomically
+from dpo_train.artifacts import RECORD_FILE, local_copy, mirror, open_artifact
 from dpo_train.data.folder import model_folder
 from dpo_train.data.shards import Split
 from dpo_train.data.tokens import load_tokenizer
+from dpo_train.disk import write_atomically
 from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.model.load import ADAPTER_FOLDER, MODEL_FOLDER, load_policy, save_policy, select_device
 from dpo_train.model.score import check_layout

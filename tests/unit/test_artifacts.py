@@ -18,12 +18,11 @@ from dpo_train.artifacts import (
     Output,
     Summary,
     code_version,
-    digest_path,
     identity,
     open_artifact,
     produce,
-    write_atomically,
 )
+from dpo_train.disk import digest_path, write_atomically
 from dpo_train.errors import StoreError
 
 CONFIG = {"beta": 0.1, "lora": {"rank": 4}}

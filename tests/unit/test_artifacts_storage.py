@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_train.artifacts import Output, Summary, check_writable, is_locked, open_artifact, produce
+from dpo_train.artifacts import Output, Summary, check_writable, open_artifact, produce
+from dpo_train.disk import is_locked
 from dpo_train.errors import DiskFullError, StoreError
 
 HOLD = """

@@ -87,7 +87,7 @@ def test_steps_appear_while_the_stage_runs_and_once_each(config: RunConfig, tmp_
 def test_raw_data_are_inputs_of_the_run(tmp_path: Path) -> None:
     """Each source by its name, with its address, kind and digest; equal names are told apart."""
     sources = [{"path": "s3://bucket/a.jsonl"}, {"path": "hf://org/name"}, {"path": str(tmp_path / "a.jsonl")}]
-    config = tiny_config(tmp_path, prepare__path=None, prepare__sources=sources)
+    config = tiny_config(tmp_path, prepare__path=None, prepare__group_key=None, prepare__sources=sources)
     inputs = {"data/0": "d0", "data/1": "d1", "data/2": "d2", "tokenizer": "t"}
     counts = {"records": 5, "used": 4, "rejected": 1}
     record = Record(stage="prepare", digest="x", config={}, inputs=inputs, code_version="x", counts=counts)

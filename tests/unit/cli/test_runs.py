@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_train.artifacts import Output, Summary, lock_path, produce
+from dpo_train.artifacts import Output, Summary, produce
 from dpo_train.cli.garbage import collect_garbage
+from dpo_train.disk import lock_path
 from dpo_train.errors import StoreError
 from dpo_train.progress import Reporter
 from dpo_train.runs import RunFolder, store_lock

@@ -139,7 +139,7 @@ def test_every_format_gives_the_records_that_were_written(
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @given(rows=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=5))
 def test_csv_gives_the_cells_that_were_written(suffix: str, rows: list[tuple[str, str, str]]) -> None:
-    """Commas, quotes and new lines within cells are kept; an empty cell is an empty text; a row's line is where it starts."""
+    """Commas, quotes, new lines within cells and empty texts are kept; a row's line is where it starts."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["prompt", "chosen", "rejected"])
