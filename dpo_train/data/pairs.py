@@ -122,7 +122,7 @@ PAIR_SCHEMA = pa.schema(
         ("rejected_extra", pa.string()),
         ("others", _ANSWERS),
         ("tools", pa.string()),
-        ("strength", pa.float32()),
+        ("strength", pa.float64()),
         ("agreement", pa.float32()),
         ("origin", pa.string()),
         ("prompt_ids", _IDS),
@@ -144,9 +144,21 @@ empty for a pair; ``truncated_others`` counts those that were cut. ``dataset`` i
 ``source`` (a file), ``line`` and ``candidate`` (which pair of the record, from 0) say where it stands."""
 
 OUTCOME_SCHEMA = pa.schema(
-    [*PAIR_SCHEMA, ("prompt_hash", pa.uint64()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        *PAIR_SCHEMA,
+        ("prompt_hash", pa.uint64()),
+        ("answers_hash", pa.uint64()),
+        ("block", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
 )
-"""One row per candidate pair: a pair (reason null) or a rejection. A record that gives no pair is one rejection."""
+"""One row per candidate pair: a pair (reason null) or a rejection. A record of which no pair can be made is one
+rejection.
+
+``answers_hash`` is the same for both orders of two answers, and null for rankings; ``block`` is where the record was
+read.
+"""
 
 _SCORES = (("chosen_logps", _LOGPS), ("rejected_logps", _LOGPS), ("other_logps", pa.list_(_LOGPS)))
 SCORE_NAMES = tuple(name for name, _ in _SCORES)

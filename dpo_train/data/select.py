@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,27 +52,57 @@ class Limit:
     detail: str
 
 
-def decide(outcomes: pa.Table, *, seed: int, limits: Sequence[Limit] = ()) -> pa.Table:
+class Decided(NamedTuple):
+    """What becomes of some candidates: for each row, in the order of the table that was asked about."""
+
+    reasons: list[str | None]
+    details: list[str | None]
+    order: list[int]
+    """The rows' places in the order in which they stand in the data."""
+
+
+NARROW = (
+    "reason",
+    "detail",
+    "pair_id",
+    "split",
+    "prompt_hash",
+    "answers_hash",
+    "dataset",
+    "source",
+    "line",
+    "candidate",
+)
+"""The columns that a decision looks at: no texts, no tokens."""
+
+
+def decide(outcomes: pa.Table, *, seed: int, limits: Sequence[Limit] = ()) -> Decided:
     """Rejects duplicates, contradictions, prompts in two splits, and what goes beyond a limit.
 
     Args:
-        outcomes: all candidates of some prompts, rows of OUTCOME_SCHEMA in any order.
+        outcomes: all candidates of some prompts, rows of PART_SCHEMA (at least NARROW) in any order.
         seed: picks which pairs stay within a limit.
-
-    Returns:
-        the same rows in the order in which they stand in the data, with more of them rejected.
     """
-    outcomes = outcomes.sort_by(_ORDER)
-    columns = ("reason", "detail", "pair_id", "split", "prompt_hash", "source", "line", "dataset")
-    rows = _Rows(*(outcomes[name].to_pylist() for name in columns))
+    order = pc.sort_indices(outcomes, _ORDER).to_pylist()
+    columns = {name: outcomes[name].to_pylist() for name in NARROW}
+    rows = _Rows(
+        reasons=columns["reason"],
+        details=columns["detail"],
+        ids=columns["pair_id"],
+        splits=columns["split"],
+        prompts=columns["prompt_hash"],
+        answers=columns["answers_hash"],
+        datasets=columns["dataset"],
+        sources=columns["source"],
+        lines=columns["line"],
+        order=order,
+    )
     _reject_duplicates(rows)
-    _reject_contradictions(rows, outcomes)
+    _reject_contradictions(rows)
     _reject_shared_prompts(rows)
     for limit in limits:
         _reject_beyond(rows, limit, seed)
-    for name, values in (("reason", rows.reasons), ("detail", rows.details)):
-        outcomes = outcomes.set_column(outcomes.column_names.index(name), name, pa.array(values, pa.string()))
-    return outcomes
+    return Decided(rows.reasons, rows.details, order)
 
 
 def keys(pair_ids: Sequence[str], seed: int) -> Keys:
@@ -107,17 +138,28 @@ def _weighted(by_source: Mapping[int, Keys], limit: int | None, weights: Sequenc
     """The largest mixture in proportion to the weights that the sources can give without repeating a pair."""
     if not by_source:
         return []
+    total = sum(weights[index] for index in by_source)
     unit = min(len(array) / weights[index] for index, array in by_source.items())
     if limit is not None:
-        unit = min(unit, limit / sum(weights[index] for index in by_source))
-    found = []
-    for index, array in by_source.items():
-        # The source that sets the unit gives all it has; a product of floats may fall just short of that.
-        wanted = int(unit * weights[index] + 1e-6)
-        if wanted < len(array):
-            detail = f"by the weights {wanted} of this source's {len(array)} training pairs are used"
-            found.append(Limit("train", index, _nth(array, wanted), "over_weight", detail))
-    return found
+        unit = min(unit, limit / total)
+    # The source that sets the unit gives all it has; a product of floats may fall just short of that.
+    shares = {index: min(unit * weights[index] + 1e-6, len(array)) for index, array in by_source.items()}
+    wanted = {index: int(share) for index, share in shares.items()}
+    # Rounding down would lose pairs that the limit allows: the largest remainders get them.
+    spare = min(round(unit * total), sum(map(len, by_source.values()))) - sum(wanted.values())
+    for index in sorted(shares, key=lambda i: int(shares[i]) - shares[i])[: max(spare, 0)]:
+        wanted[index] = min(wanted[index] + 1, len(by_source[index]))
+    return [
+        Limit(
+            "train",
+            index,
+            _nth(array, wanted[index]),
+            "over_weight",
+            f"by the weights {wanted[index]} of this source's {len(array)} training pairs are used",
+        )
+        for index, array in by_source.items()
+        if wanted[index] < len(array)
+    ]
 
 
 def _nth(array: Keys, count: int) -> int:
@@ -132,12 +174,14 @@ class _Rows:
     ids: list[str | None]
     splits: list[str | None]
     prompts: list[int]
+    answers: list[int | None]
+    datasets: list[int]
     sources: list[str]
     lines: list[int]
-    datasets: list[int]
+    order: list[int]
 
     def used(self) -> list[int]:
-        return [index for index, reason in enumerate(self.reasons) if reason is None]
+        return [index for index in self.order if self.reasons[index] is None]
 
     def reject(self, index: int, reason: str, detail: str) -> None:
         self.reasons[index], self.details[index] = reason, detail
@@ -147,29 +191,26 @@ class _Rows:
 
 
 def _reject_duplicates(rows: _Rows) -> None:
-    first: dict[str | None, int] = {}
+    """Within a split; of equal pairs in two splits the shared prompt decides."""
+    first: dict[tuple[str | None, str | None], int] = {}
     for index in rows.used():
-        original = first.setdefault(rows.ids[index], index)
+        original = first.setdefault((rows.ids[index], rows.splits[index]), index)
         if original != index:
             rows.reject(index, "duplicate", f"of {rows.place(original)}")
 
 
-def _reject_contradictions(rows: _Rows, outcomes: pa.Table) -> None:
+def _reject_contradictions(rows: _Rows) -> None:
     """A over B and B over A: nothing says which is right, so neither is used. Rankings are not compared."""
-    names = ("chosen", "chosen_extra", "rejected", "rejected_extra")
-    chosen, chosen_extra, rejected, rejected_extra = (outcomes[name].to_pylist() for name in names)
-    is_ranking = pc.greater(pc.fill_null(pc.list_value_length(outcomes["others"]), 0), 0).to_pylist()
-    seen: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    seen: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in rows.used():
-        if is_ranking[index]:
-            continue
-        answers = ((chosen[index], chosen_extra[index]), (rejected[index], rejected_extra[index]))
-        seen[(rows.prompts[index], *sorted(answers))].append(index)
-    # Duplicates are gone: two pairs of the same answers are opposite ones.
-    for pair in seen.values():
-        for index, other in zip(pair, reversed(pair), strict=True):
-            if index != other:
-                rows.reject(index, "contradiction", f"{rows.place(other)} prefers the other answer")
+        answers = rows.answers[index]
+        if answers is not None:
+            seen[rows.prompts[index], answers].append(index)
+    for same in seen.values():
+        for index in same:
+            opposite = next((other for other in same if rows.ids[other] != rows.ids[index]), None)
+            if opposite is not None:
+                rows.reject(index, "contradiction", f"{rows.place(opposite)} prefers the other answer")
 
 
 def _reject_shared_prompts(rows: _Rows) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,21 @@ def write_shard(table: pa.Table, path: Path) -> Shard:
     finally:
         temporary.unlink(missing_ok=True)
     return Shard(path.name, len(table), path.stat().st_size)
+
+
+def write_shard_of(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> Shard:
+    """The same piece by piece; each piece becomes row groups of its own."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    rows = 0
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                rows += len(table)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Shard(path.name, rows, path.stat().st_size)
 
 
 def manifest(shards: dict[str, list[Shard]]) -> dict[str, list[dict[str, Any]]]:

@@ -4,20 +4,22 @@
     all parts            --FinishBucket--> of one range of hashes: shards of pairs, rejections, a profile
 
 What is large goes from file to file; only names and numbers pass through the driver. A part is written whenever so many
-bytes have come together and a bucket is a range of hashes chosen by size, so memory does not grow with the data.
+bytes have come together and a bucket is a range of hashes chosen by size, so memory does not grow with the data. (Pairs
+of one prompt are decided together: of those, ids and places are held, some hundred bytes each.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,30 +30,34 @@ from dpo_train.data.ngrams import Overlap
 from dpo_train.data.pairs import OUTCOME_SCHEMA, PAIR_SCHEMA, SPLITS, PreferencePair, Rejection
 from dpo_train.data.profile import profile
 from dpo_train.data.rankings import Encoded, encode_all
-from dpo_train.data.select import Limit, decide, hash64, keys, split_of
-from dpo_train.data.shards import Shard, shard_name, write_shard
+from dpo_train.data.select import NARROW, Limit, decide, hash64, keys, split_of
+from dpo_train.data.shards import Shard, shard_name, write_shard_of
 from dpo_train.data.sources import Block, BlockReader, Record
 from dpo_train.data.tokens import PairTokenizer
 
 WORK = "work"
-RECORDS_AT_ONCE = 512
+CANDIDATES_AT_ONCE, TEXT_AT_ONCE = 512, 8 << 20
+"""What is tokenised in one go: so many candidates, or characters."""
 PART_BYTES = 32 << 20
 BUCKET_BYTES = 48 << 20
-"""Of candidates, texts and token ids: what a worker then holds is some four times as much."""
+"""Of candidates, texts and token ids."""
+ROWS_AT_ONCE = 1024
 
 HASHES = 1 << 64
 
 PARTS_SCHEMA = pa.schema(
     [
         ("block", pa.int64()),
+        ("lines", pa.int64()),
+        ("read_bytes", pa.int64()),
         ("file", pa.string()),
         ("rows", pa.int64()),
         ("bytes", pa.int64()),
-        ("lines", pa.int64()),
-        ("read_bytes", pa.int64()),
+        ("lowest", pa.uint64()),
+        ("highest", pa.uint64()),
     ]
 )
-"""What PrepareBlock says of a block: a row per part. ``lines`` and ``read_bytes`` are the block's, on its first row."""
+"""What PrepareBlock tells: a row for each block (its lines and bytes), one for each part (its rows, bytes, hashes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,54 +83,71 @@ class PrepareBlock:
         self._overlap = Overlap(prompts, recipe.section.evaluation_ngram) if prompts else None
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
-        rows: list[dict[str, Any]] = []
-        for fields in blocks.to_pylist():
-            number = fields.pop("block")
-            rows += self._prepare(number, Block(**fields))
-        return pa.Table.from_pylist(rows, schema=PARTS_SCHEMA)
-
-    def _prepare(self, number: int, block: Block) -> list[dict[str, Any]]:
-        reader = BlockReader(block)
-        folder = local_copy(self._recipe.home) / WORK
-        folder.mkdir(parents=True, exist_ok=True)
-        parts: list[dict[str, Any]] = []
-        for table in _gathered(self._tables(block, reader)):
-            name = f"{WORK}/block-{number:06d}-{len(parts):04d}.arrow"
-            size = _write_part(table, folder.parent / name)
+        told: list[dict[str, Any]] = []
+        first = blocks["block"][0].as_py()
+        folder = local_copy(self._recipe.home)
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        for index, table in enumerate(_gathered(self._tables(blocks.to_pylist(), told))):
+            name = f"{WORK}/part-{first:06d}-{index:04d}.arrow"
+            written = _write_part(table, folder / name)
             mirror(self._recipe.home).publish(name)
-            parts.append({"file": name, "rows": len(table), "bytes": size, "lines": 0, "read_bytes": 0})
-        parts = parts or [{"file": "", "rows": 0, "bytes": 0}]
-        parts[0] |= {"lines": reader.lines, "read_bytes": block.size_bytes}
-        return [{"block": number, **part} for part in parts]
+            told.append({"file": name, **written})
+        return pa.Table.from_pylist(told, schema=PARTS_SCHEMA)
 
-    def _tables(self, block: Block, reader: BlockReader) -> Iterator[pa.Table]:
-        records = iter(reader)
-        while some := list(itertools.islice(records, RECORDS_AT_ONCE)):
-            yield self._outcomes(block, some)
+    def _tables(self, blocks: Sequence[Mapping[str, Any]], told: list[dict[str, Any]]) -> Iterator[pa.Table]:
+        """Candidates of all blocks, some at a time."""
+        waiting: list[tuple[dict[str, Any], PreferencePair | Rejection, str | None]] = []
+        size = 0
+        for fields in blocks:
+            number = fields["block"]
+            block = Block(**{name: value for name, value in fields.items() if name != "block"})
+            reader = BlockReader(block)
+            for record in reader:
+                for place, candidate in self._candidates(number, block, record):
+                    waiting.append((place, candidate, self._sources[block.dataset].split))
+                    size += _text_size(candidate)
+                    if len(waiting) >= CANDIDATES_AT_ONCE or size >= TEXT_AT_ONCE:
+                        yield self._outcomes(waiting)
+                        waiting, size = [], 0
+            told.append({"block": number, "lines": reader.lines, "read_bytes": block.size_bytes})
+        if waiting:
+            yield self._outcomes(waiting)
 
-    def _outcomes(self, block: Block, records: Sequence[Record]) -> pa.Table:
-        """Candidates of some records as rows; every record gives at least one."""
-        source, form = self._sources[block.dataset], self._recipe.formats[block.dataset]
-        found = [(record.line, candidates(record.value, source, form)) for record in records]
-        pairs = [pair for _, made in found for pair in made if isinstance(pair, PreferencePair)]
+    def _candidates(
+        self, number: int, block: Block, record: Record
+    ) -> Iterator[tuple[dict[str, Any], PreferencePair | Rejection]]:
+        """What a record makes, each with its place; at least one."""
+        made = candidates(record.value, self._sources[block.dataset], self._recipe.formats[block.dataset])
+        prompt = next((pair.prompt_key for pair in made if isinstance(pair, PreferencePair)), None)
+        # All candidates of a record go into one bucket, where it is counted as used or rejected.
+        hashed = hash64(prompt if prompt is not None else f"{block.name}\0{block.start}\0{record.line}")
+        for index, candidate in enumerate(made):
+            place = {
+                "dataset": block.dataset,
+                "source": block.name,
+                "block": number,
+                "line": record.line,
+                "candidate": index,
+                "made": len(made),
+                "prompt_hash": hashed,
+            }
+            yield place, candidate
+
+    def _outcomes(self, found: Sequence[tuple[dict[str, Any], PreferencePair | Rejection, str | None]]) -> pa.Table:
+        """Candidates as rows. An answer that leaves its ranking is a rejection behind the record's candidates."""
+        pairs = [candidate for _, candidate, _ in found if isinstance(candidate, PreferencePair)]
         encoded = iter(self._encode(pairs))
-        rows = []
-        for line, made in found:
-            prompt = next((pair.prompt_key for pair in made if isinstance(pair, PreferencePair)), None)
-            # All candidates of a record go into one bucket, where it is counted as used or rejected.
-            hashed = hash64(prompt if prompt is not None else f"{block.name}\0{block.start}\0{line}")
-            place = {"dataset": block.dataset, "source": block.name, "line": line, "prompt_hash": hashed}
-            fields: list[dict[str, Any]] = []
-            dropped: list[Rejection] = []
-            for candidate in made:
-                if isinstance(candidate, Rejection):
-                    fields.append(dataclasses.asdict(candidate))
-                else:
-                    tokens = next(encoded)
-                    fields.append(self._row(tokens, source.split))
-                    dropped += tokens.dropped
-            fields += map(dataclasses.asdict, dropped)
-            rows += [place | {"candidate": index} | own for index, own in enumerate(fields)]
+        rows: list[dict[str, Any]] = []
+        for place, candidate, split in found:
+            if isinstance(candidate, Rejection):
+                rows.append(place | dataclasses.asdict(candidate))
+                continue
+            tokens = next(encoded)
+            rows.append(place | self._row(tokens, split))
+            rows += [
+                place | {"candidate": number} | dataclasses.asdict(dropped)
+                for number, dropped in enumerate(tokens.dropped, place["made"])
+            ]
         return _table(rows)
 
     def _encode(self, pairs: Sequence[PreferencePair]) -> list[Encoded]:
@@ -143,6 +166,7 @@ class PrepareBlock:
         section, pair, encoded = self._recipe.section, found.pair, found.result
         row: dict[str, Any] = {
             "pair_id": pair.pair_id,
+            "answers_hash": None if pair.others else _answers_hash(pair),
             "group": pair.group,
             "split": split
             or split_of(
@@ -178,10 +202,13 @@ class PrepareBlock:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file of candidates in the order of their prompts' hashes. ``offset`` is added to its line numbers."""
+    """A file of candidates in the order of their prompts' hashes."""
 
     file: str
-    offset: int
+    bytes: int
+    lowest: int
+    highest: int
+    """Of its hashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,25 +217,28 @@ class Buckets:
 
     home: str
     parts: Sequence[Part]
+    line_offsets: npt.NDArray[np.int64]
+    """By block: what is added to its line numbers to give those in the whole file."""
     count: int
 
     def read(self, bucket: int) -> pa.Table:
-        """All candidates of one range of hashes, with their line numbers in whole files."""
+        """All candidates of one range of hashes, mapped rather than read, with their line numbers in whole files."""
         # A hash is below 2**64, and so are the bounds but for the last, which no hash reaches.
         low, high = (bound * HASHES // self.count for bound in (bucket, bucket + 1))
-        tables = []
+        tables = [OUTCOME_SCHEMA.empty_table()]
         for part in self.parts:
-            file = mirror(self.home).fetch(part.file)
+            if part.highest < low or part.lowest >= high:
+                continue
+            file = mirror(self.home).fetch(part.file, size=part.bytes)
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-            hashes = table["prompt_hash"].combine_chunks().to_numpy() if len(table) else np.empty(0, np.uint64)
+            hashes = table["prompt_hash"].combine_chunks().to_numpy()
             start = int(np.searchsorted(hashes, np.uint64(low)))
             stop = len(hashes) if high == HASHES else int(np.searchsorted(hashes, np.uint64(high)))
-            rows = table.slice(start, stop - start)
-            if part.offset:
-                lines = pc.add(rows["line"], part.offset)
-                rows = rows.set_column(rows.column_names.index("line"), "line", lines)
-            tables.append(rows)
-        return pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
+            if start < stop:
+                tables.append(table.slice(start, stop - start))
+        whole = pa.concat_tables(tables)
+        lines = whole["line"].to_numpy() + self.line_offsets[whole["block"].to_numpy()]
+        return whole.set_column(whole.column_names.index("line"), "line", pa.array(lines, pa.int64()))
 
 
 class MeasureBucket:
@@ -218,7 +248,11 @@ class MeasureBucket:
         self._buckets, self._seed = buckets, seed
 
     def __call__(self, numbers: pa.Table) -> pa.Table:
-        used = [_used(decide(self._buckets.read(n), seed=self._seed)) for n in numbers["bucket"].to_pylist()]
+        used = []
+        for number in numbers["bucket"].to_pylist():
+            table = self._buckets.read(number).select(NARROW)
+            reasons = decide(table, seed=self._seed).reasons
+            used.append(table.filter(pa.array([reason is None for reason in reasons], pa.bool_())))
         table = pa.concat_tables(used)
         found = pa.array(keys(table["pair_id"].to_pylist(), self._seed), pa.uint64())
         return pa.table({"split": table["split"], "dataset": table["dataset"], "key": found})
@@ -235,17 +269,15 @@ class FinishBucket:
 
     def _finish(self, number: int) -> pa.Table:
         recipe, section = self._recipe, self._recipe.section
-        table = decide(self._buckets.read(number), seed=recipe.seed, limits=self._limits)
+        table = self._buckets.read(number)
+        decided = decide(table.select(NARROW), seed=recipe.seed, limits=self._limits)
+        for name, values in (("reason", decided.reasons), ("detail", decided.details)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
         folder = local_copy(recipe.home)
         folder.mkdir(parents=True, exist_ok=True)
-        used = _used(table)
-        shards: dict[str, Shard] = {}
-        for split in SPLITS:
-            pairs = used.filter(pc.equal(used["split"], split)).select(PAIR_SCHEMA.names).sort_by("pair_id")
-            if len(pairs) or number == 0:  # so that every split has a shard
-                shards[split] = write_shard(pairs, folder / shard_name(split, number))
+        shards = self._write_shards(number, table, folder)
         rejections = f"{WORK}/rejections-{number:06d}.jsonl"
-        _write_rejections(table, folder / rejections, redact=section.redact)
+        _write_rejections(table, decided.order, folder / rejections, redact=section.redact)
         mirror(recipe.home).publish(rejections, *(shard.file for shard in shards.values()))
         found = profile(
             table, sources=self._labels, examples=section.report_examples, redact=section.redact, seed=recipe.seed
@@ -260,44 +292,81 @@ class FinishBucket:
             }
         )
 
+    def _write_shards(self, number: int, table: pa.Table, folder: Path) -> dict[str, Shard]:
+        """The pairs that are used, by split, in the order of their ids."""
+        ids, splits = table["pair_id"].to_pylist(), table["split"].to_pylist()
+        used = pc.is_null(table["reason"]).to_pylist()
+        pairs = table.select(PAIR_SCHEMA.names)
+        shards: dict[str, Shard] = {}
+        for split in SPLITS:
+            rows = sorted((i for i, name in enumerate(splits) if used[i] and name == split), key=lambda i: ids[i])
+            if rows or number == 0:  # so that every split has a shard
+                pieces = (pairs.take(rows[i : i + ROWS_AT_ONCE]) for i in range(0, len(rows), ROWS_AT_ONCE))
+                shards[split] = write_shard_of(pieces, PAIR_SCHEMA, folder / shard_name(split, number))
+        return shards
+
 
 def num_buckets(total_bytes: int) -> int:
     """Buckets of about BUCKET_BYTES; how many there are depends on the data alone."""
     return max(1, -(-total_bytes // BUCKET_BYTES))
 
 
-def _used(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_null(table["reason"]))
+def _answers_hash(pair: PreferencePair) -> int:
+    """Of both answers, whichever is preferred."""
+    return hash64(json.dumps(sorted([m.content, m.extra] for m in (pair.chosen, pair.rejected))))
+
+
+def _text_size(candidate: PreferencePair | Rejection) -> int:
+    """Characters that tokenising it takes."""
+    if isinstance(candidate, Rejection):
+        return 0
+    return sum(len(message.content) for message in (*candidate.prompt, *candidate.answers))
 
 
 def _gathered(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Small tables put together to about PART_BYTES."""
     waiting: list[pa.Table] = []
+    size = 0
     for table in tables:
         waiting.append(table)
-        if sum(t.nbytes for t in waiting) >= PART_BYTES:
+        size += table.nbytes
+        if size >= PART_BYTES:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         yield pa.concat_tables(waiting)
 
 
-def _write_part(table: pa.Table, path: Path) -> int:
-    """Writes a part as one record batch in the order of the prompts' hashes; returns its bytes."""
+def _write_part(table: pa.Table, path: Path) -> dict[str, int]:
+    """Writes a part as one record batch in the order of the prompts' hashes; the file is whole or absent."""
     ordered = table.take(pc.sort_indices(table["prompt_hash"])).combine_chunks()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ordered.schema) as writer:
-        writer.write_table(ordered)
-    return path.stat().st_size
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, ordered.schema) as writer:
+            writer.write_table(ordered)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    hashes = ordered["prompt_hash"]
+    return {
+        "rows": len(ordered),
+        "bytes": path.stat().st_size,
+        "lowest": hashes[0].as_py(),
+        "highest": hashes[len(ordered) - 1].as_py(),
+    }
 
 
-def _write_rejections(table: pa.Table, path: Path, *, redact: bool) -> None:
+def _write_rejections(table: pa.Table, order: Sequence[int], path: Path, *, redact: bool) -> None:
     """One JSON line per rejected candidate, in the order of the data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rejected = table.filter(pc.is_valid(table["reason"]))
     names = ["dataset", "source", "line", "candidate", "reason", *([] if redact else ["detail"])]
+    narrow = table.select(names)
+    rejected = pc.is_valid(table["reason"]).to_pylist()
+    rows = [index for index in order if rejected[index]]
     with path.open("w", encoding="utf-8") as stream:
-        for batch in rejected.select(names).to_batches(max_chunksize=RECORDS_AT_ONCE):
-            stream.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = narrow.take(rows[start : start + ROWS_AT_ONCE]).to_pylist()
+            stream.writelines(json.dumps(row) + "\n" for row in some)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,7 +30,7 @@ from dpo_train.data.profile import KEPT, Profile, merge
 from dpo_train.data.report import warnings, write_report
 from dpo_train.data.select import Limit, limits_for
 from dpo_train.data.shards import SHARDS_FILE, Shard, manifest
-from dpo_train.data.sources import Block, plan, sample, source_digest
+from dpo_train.data.sources import BLOCK_BYTES, Block, plan, sample, source_digest
 from dpo_train.data.work import (
     WORK,
     Buckets,
@@ -43,6 +47,9 @@ from dpo_train.stages.common import make, storage_options
 from dpo_train.stages.executor import Executor, InProcess
 
 REJECTIONS_FILE = "rejections.jsonl"
+WANTED_TASKS, MOST_TASK_BYTES, MOST_TASK_BLOCKS = 64, 64 << 20, 512
+"""Raw bytes of a task: small enough for a moving progress bar, large enough for few parts."""
+MOST_OPEN_FILES = 200
 SAMPLE_RECORDS = 64
 """Records by which a source's format is recognised."""
 
@@ -55,6 +62,8 @@ _FIXES = {
     "prompt_too_long": "raise prepare.max_prompt_tokens, or set prepare.prompt_truncation",
     "answer_too_long": "raise prepare.max_answer_tokens, or set prepare.answer_truncation",
     "below_min_strength": "lower min_strength",
+    "over_limit": "raise prepare.max_train_pairs",
+    "over_weight": "raise prepare.max_train_pairs, or look at the sources' weights",
 }
 
 _PLACES = ("path", "sources", "chat_template", "evaluation_prompts")
@@ -97,12 +106,9 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
         limits = _limits(config, buckets, near)
         labels = [label(source) for source in sources]
         finished = _finish(buckets, recipe, limits, labels, near, reporter)
-        shards: dict[str, list[Shard]] = defaultdict(list)
-        for row in finished:
-            for split, fields in json.loads(row["shards"]).items():
-                shards[split].append(Shard(**fields))
-        profiles = functools.reduce(merge, (Profile.from_json(row["profile"]) for row in finished))
-        _write_rejections(out, [row["rejections"] for row in finished])
+        shards = finished.shards
+        _write_rejections(out, finished.rejections)
+        profiles = finished.profile
         numbers = _counts(profiles, shards)
         _check_usable(numbers, out.path / REJECTIONS_FILE)
         out.write_json(SHARDS_FILE, manifest(shards))
@@ -110,10 +116,21 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
         write_report(profiles, out.path, reasons=REASONS)
         for text in warnings(profiles):
             reporter.message(f"note: {text}")
-        discard(out.home, WORK)
         return Summary(counts=numbers, details={"formats": recipe.formats})
 
-    return make(config, "prepare", content, inputs, body, output=output, scratch=(WORK,))
+    artifact = make(config, "prepare", content, inputs, body, output=output, scratch=(WORK,))
+    if not (artifact.reused and storage.is_remote(artifact.home)):
+        discard(artifact.home, WORK)
+    return artifact
+
+
+class _Finished(NamedTuple):
+    """What all buckets came to."""
+
+    shards: dict[str, list[Shard]]
+    rejections: list[str]
+    """Files, one of each bucket."""
+    profile: Profile
 
 
 def label(source: SourceConfig) -> str:
@@ -138,7 +155,14 @@ def chat_template(config: RunConfig) -> str | None:
         ConfigError: the file cannot be read.
     """
     path = config.prepare.chat_template
-    return None if path is None else _read_file(path, "prepare.chat_template").decode(errors="replace")
+    if path is None:
+        return None
+    try:
+        return _read_file(path, "prepare.chat_template").decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The chat template {path} is not UTF-8 text", got=str(error), fix="save it as UTF-8"
+        ) from None
 
 
 def _evaluation_prompts(config: RunConfig) -> list[str]:
@@ -193,35 +217,47 @@ def _read(
     config: RunConfig, recipe: Recipe, blocks: Sequence[Block], executor: Executor, reporter: Reporter
 ) -> Buckets:
     """Every record to candidates, in parts on disk."""
-    tasks = [
-        pa.Table.from_pylist([{**dataclasses.asdict(block), "block": number}]) for number, block in enumerate(blocks)
-    ]
+    tasks = [pa.Table.from_pylist(rows) for rows in _tasks(blocks)]
     build = functools.partial(_build_worker, config, recipe, chat_template(config))
     total = sum(block.size_bytes for block in blocks)
-    rows: list[dict[str, Any]] = []
-    done = 0
+    done, lines, parts = 0, [0] * len(blocks), []
     for table in executor.map_tables(build, tasks, uses_model=False):
-        rows += table.to_pylist()
-        done += sum(table["read_bytes"].to_pylist())
+        for row in table.to_pylist():
+            if row["file"] is None:
+                lines[row["block"]] = row["lines"]
+                done += row["read_bytes"]
+            else:
+                parts.append(Part(row["file"], row["bytes"], row["lowest"], row["highest"]))
         reporter.progress(round(done / 1e6, 2), round(total / 1e6, 2), "MB")
-    rows.sort(key=lambda row: (row["block"], row["file"]))
-    offsets = _line_offsets(blocks, rows)
-    parts = [Part(row["file"], offsets[row["block"]]) for row in rows if row["rows"]]
-    return Buckets(home=recipe.home, parts=parts, count=num_buckets(sum(row["bytes"] for row in rows)))
+    parts.sort(key=lambda part: part.file)
+    count = num_buckets(sum(part.bytes for part in parts))
+    return Buckets(home=recipe.home, parts=parts, line_offsets=_line_offsets(blocks, lines), count=count)
 
 
-def _line_offsets(blocks: Sequence[Block], rows: Sequence[dict[str, Any]]) -> list[int]:
-    """What to add to a block's line numbers: the lines of the blocks before it in the same file."""
-    lines: dict[int, int] = defaultdict(int)
-    for row in rows:
-        lines[row["block"]] += row["lines"]
-    offsets, before, previous = [], 0, None
+def _tasks(blocks: Sequence[Block]) -> Iterator[list[dict[str, Any]]]:
+    """Blocks in their order, several to a task where they are small or many: every bucket looks at every part."""
+    enough = min(max(sum(block.size_bytes for block in blocks) // WANTED_TASKS, BLOCK_BYTES), MOST_TASK_BYTES)
+    rows: list[dict[str, Any]] = []
+    size = 0
     for number, block in enumerate(blocks):
+        rows.append({**dataclasses.asdict(block), "block": number})
+        size += block.size_bytes
+        if size >= enough or len(rows) == MOST_TASK_BLOCKS:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _line_offsets(blocks: Sequence[Block], lines: Sequence[int]) -> npt.NDArray[np.int64]:
+    """What to add to a block's line numbers: the lines of the blocks before it in the same file."""
+    offsets, before, previous = [], 0, None
+    for block, count in zip(blocks, lines, strict=True):
         before = before if (block.dataset, block.path) == previous else 0
         offsets.append(0 if block.first_line else before)
-        before += lines[number]
+        before += count
         previous = (block.dataset, block.path)
-    return offsets
+    return np.array(offsets, np.int64)
 
 
 def _limits(config: RunConfig, buckets: Buckets, executor: Executor) -> list[Limit]:
@@ -231,19 +267,21 @@ def _limits(config: RunConfig, buckets: Buckets, executor: Executor) -> list[Lim
     weights = [source.weight for source in section.all_sources]
     if all(value is None for value in (*most.values(), *weights)):
         return []
-    build = functools.partial(_build_measure, config, buckets)
+    build = functools.partial(_build_measure, storage.options(), buckets, config.seed)
     tables = list(executor.map_tables(build, _numbers(buckets), uses_model=False))
+    if not tables:
+        return []  # not one pair could be used
     table = pa.concat_tables(tables)
     found = {}
-    for split, dataset in {*zip(table["split"].to_pylist(), table["dataset"].to_pylist(), strict=True)}:
+    for split, dataset in (row.values() for row in table.group_by(["split", "dataset"]).aggregate([]).to_pylist()):
         mask = pc.and_(pc.equal(table["split"], split), pc.equal(table["dataset"], dataset))
         found[split, dataset] = table["key"].filter(mask).to_numpy()
     return limits_for(found, most, weights)
 
 
-def _build_measure(config: RunConfig, buckets: Buckets) -> MeasureBucket:
-    storage.use(storage_options(config))
-    return MeasureBucket(buckets, config.seed)
+def _build_measure(options: storage.Options, buckets: Buckets, seed: int) -> MeasureBucket:
+    storage.use(options)
+    return MeasureBucket(buckets, seed)
 
 
 def _build_finish(
@@ -264,28 +302,48 @@ def _finish(
     labels: Sequence[str],
     executor: Executor,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> _Finished:
     build = functools.partial(_build_finish, storage.options(), buckets, recipe, limits, labels)
     rows: list[dict[str, Any]] = []
+    found: Profile | None = None
     for table in executor.map_tables(build, _numbers(buckets), uses_model=False):
-        rows += table.to_pylist()
+        for row in table.to_pylist():
+            # At once: a profile may hold many names, and there may be many buckets.
+            here = Profile.from_json(row.pop("profile"))
+            found = here if found is None else merge(found, here)
+            rows.append(row)
         reporter.progress(len(rows), buckets.count, "buckets")
-    return sorted(rows, key=lambda row: int(row["bucket"]))
+    assert found is not None
+    rows.sort(key=lambda row: int(row["bucket"]))
+    shards: dict[str, list[Shard]] = defaultdict(list)
+    for row in rows:
+        for split, fields in json.loads(row["shards"]).items():
+            shards[split].append(Shard(**fields))
+    return _Finished(shards, [row["rejections"] for row in rows], found)
 
 
 def _write_rejections(out: Output, names: Sequence[str]) -> None:
     """One file in the order of the data, a line of each bucket's at a time."""
+    files = [mirror(out.home).fetch(name) for name in names]
+    files = [file for file in files if file.stat().st_size]
+    for turn in itertools.count():
+        if len(files) <= MOST_OPEN_FILES:
+            break
+        groups = [files[start : start + MOST_OPEN_FILES] for start in range(0, len(files), MOST_OPEN_FILES)]
+        files = [_merge(group, out.path / WORK / f"merged-{turn}-{n}.jsonl") for n, group in enumerate(groups)]
+    _merge(files, out.path / REJECTIONS_FILE)
 
-    def lines(name: str) -> Iterator[tuple[tuple[Any, ...], str]]:
-        with mirror(out.home).fetch(name).open(encoding="utf-8") as stream:
-            for text in stream:
-                row = json.loads(text)
-                place = row.pop("dataset"), row["source"], row["line"], row["candidate"]
-                yield place, json.dumps(row)
 
-    with (out.path / REJECTIONS_FILE).open("w", encoding="utf-8") as stream:
-        for _, text in heapq.merge(*map(lines, names), key=lambda item: item[0]):
-            stream.write(text + "\n")
+def _merge(files: Sequence[Path], target: Path) -> Path:
+    """Files of JSON lines in the order of the data to one in that order."""
+
+    def place(line: str) -> tuple[Any, ...]:
+        row = json.loads(line)
+        return row["dataset"], row["source"], row["line"], row["candidate"]
+
+    with contextlib.ExitStack() as stack, target.open("w", encoding="utf-8") as stream:
+        stream.writelines(heapq.merge(*(stack.enter_context(f.open(encoding="utf-8")) for f in files), key=place))
+    return target
 
 
 def _counts(profile: Profile, shards: dict[str, list[Shard]]) -> dict[str, int]:

@@ -23,13 +23,16 @@ def _row(line: int, pair_id: str | None = None, reason: str | None = None, **cha
     row.update(dataset=0, source="a.jsonl", line=line, candidate=0, reason=reason, prompt_hash=hash64(str(pair_id)))
     if reason is None:
         row.update(pair_id=pair_id, split=split_of(str(pair_id), seed=0, **FRACTIONS), chosen="good", rejected="bad")
-        row.update(chosen_extra="", rejected_extra="")
+        row.update(answers_hash=hash64("bad good"))
     return row | changes
 
 
 def _decide(rows: list[dict[str, Any]], seed: int = 0, limits: list[Limit] | None = None) -> list[dict[str, Any]]:
-    table = pa.Table.from_pylist(rows, OUTCOME_SCHEMA)
-    return decide(table, seed=seed, limits=limits or []).to_pylist()
+    """The rows in the order of the data, as they are decided."""
+    decided = decide(pa.Table.from_pylist(rows, OUTCOME_SCHEMA), seed=seed, limits=limits or [])
+    verdicts = zip(rows, decided.reasons, decided.details, strict=True)
+    found = [row | {"reason": reason, "detail": detail} for row, reason, detail in verdicts]
+    return [found[index] for index in decided.order]
 
 
 def _reasons(rows: list[dict[str, Any]], **options: Any) -> dict[tuple[str, int], str | None]:
@@ -96,8 +99,8 @@ def test_rankings_that_begin_alike_do_not_contradict_each_other() -> None:
     third, fourth = ({"content": text, "extra": ""} for text in ("awful", "worse"))
     same = {"prompt_hash": 7, "split": "train"}
     rows = [
-        _row(1, "r1", others=[third], **same),
-        _row(2, "r2", others=[third, fourth], **same),
+        _row(1, "r1", others=[third], answers_hash=None, **same),
+        _row(2, "r2", others=[third, fourth], answers_hash=None, **same),
         _row(3, "p1", others=[], **same),
     ]
     assert list(_reasons(rows).values()) == [None, None, None]
@@ -113,7 +116,7 @@ def test_contradiction_rejects_both_and_says_where_the_other_stands() -> None:
         _row(2, "p2", chosen="bad", rejected="good", **same),
         _row(3, "p1", **same),
         _row(4, "p3", chosen="bad", rejected="good", prompt_hash=8),
-        _row(5, "p4", chosen="good", rejected="awful", **same),
+        _row(5, "p4", chosen="good", rejected="awful", **(same | {"answers_hash": hash64("awful good")})),
     ]
     found = {row["line"]: (row["reason"], row["detail"]) for row in _decide(rows)}
     assert found == {
@@ -136,8 +139,15 @@ def test_contradiction_rejects_both_and_says_where_the_other_stands() -> None:
 )
 def test_a_prompt_stands_in_one_split(splits: tuple[str, str], reasons: tuple[str | None, str | None]) -> None:
     """Pairs of one prompt can come into two splits by their groups; what measures keeps it."""
-    rows = [_row(i, f"p{i}", prompt_hash=1, rejected=f"bad {i}", split=split) for i, split in enumerate(splits)]
+    rows = [_row(i, f"p{i}", prompt_hash=1, answers_hash=i, split=split) for i, split in enumerate(splits)]
     assert tuple(_reasons(rows).values()) == reasons
+
+
+def test_equal_pairs_in_two_splits_stay_in_the_one_that_measures() -> None:
+    """A pair of a training source that a held-out source holds as well is held out, whichever comes first."""
+    for first, second in (("train", "heldout"), ("heldout", "train")):
+        rows = [_row(1, "p", dataset=0, split=first), _row(1, "p", dataset=1, split=second)]
+        assert {row["split"]: row["reason"] for row in _decide(rows)} == {"heldout": None, "train": "prompt_in_heldout"}
 
 
 def test_limit_is_a_seeded_choice_and_counted() -> None:
@@ -170,6 +180,8 @@ def test_limit_beyond_what_there_is_rejects_nothing() -> None:
         ((100, 40), (0.9, 0.1), None, (100, 11)),
         ((100, 100), (3.0, 1.0), 40, (30, 10)),
         ((100, 100, 0), (1.0, 1.0, 5.0), 10, (5, 5, 0)),
+        ((100, 100), (1.0, 1.0), 1, (1, 0)),
+        ((100, 100, 100), (1.0, 1.0, 1.0), 8, (3, 3, 2)),
     ],
 )
 def test_weights_give_the_largest_mixture_without_repeats(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,18 @@ def rejections(made: Artifact) -> list[dict[str, Any]]:
 def test_many_blocks_and_buckets_give_what_one_gives(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 300 bytes, parts of 7 records and buckets of 4 kB: the same pairs, rejections with the same line
-    numbers, the same counts and the same report."""
+    """Blocks of 300 bytes, three to a task, parts of 7 records and buckets of 4 kB: the same pairs, rejections with the
+    same line numbers, the same counts and the same report."""
     records = [pair(i) for i in range(60)]
     records += [pair(5), pair(7, chosen="rude", rejected="kind"), pair(9, chosen="same", rejected="same"), {"x": 1}]
     data = write_lines(tmp_path / "pairs.jsonl", records)
     data.write_text(data.read_text() + "\n{broken\n")
     one = prepare(with_data(config, tmp_path / "one", path=str(data)), LOCAL)
     monkeypatch.setattr("dpo_train.data.sources.base.BLOCK_BYTES", 300)
-    monkeypatch.setattr(work, "RECORDS_AT_ONCE", 7)
+    monkeypatch.setattr(work, "CANDIDATES_AT_ONCE", 7)
+    stage = sys.modules[prepare.__module__]
+    monkeypatch.setattr(stage, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(stage, "MOST_OPEN_FILES", 3)
     monkeypatch.setattr(work, "PART_BYTES", 1)
     monkeypatch.setattr(work, "BUCKET_BYTES", 4000)
 
