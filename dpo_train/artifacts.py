@@ -20,6 +20,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -35,6 +36,8 @@ from dpo_train.errors import StoreError
 
 RECORD_FILE = "record.json"
 CLAIM_FILE = "claim.json"
+
+_LOG = logging.getLogger(__name__)
 
 # What only shows or moves results is not part of what computes them.
 _PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py", "runs.py", "storage"}
@@ -339,17 +342,27 @@ def void(artifact: Artifact) -> None:
     (local_copy(artifact.home) / RECORD_FILE).unlink(missing_ok=True)
 
 
-def discard(home: str, folder: str) -> None:
-    """Removes a folder of an output that has served. Nothing is lost if that fails."""
-    local = local_copy(home)
+def discard(home: str, folder: str, tell: Callable[[str], None] = _LOG.warning) -> None:
+    """Removes a folder of an output that has served. Nothing is lost if that fails: ``tell`` is told, and no one else.
+
+    A key to a bucket may allow to write and not to delete.
+    """
+    local, failure = local_copy(home), ""
     if storage.is_remote(home):
-        # Those known here as well: a listing may lag.
-        known = {
-            storage.join(home, p.relative_to(local).as_posix()) for p in (local / folder).rglob("*") if p.is_file()
-        }
-        listed = {entry.path for entry in storage.list_files(storage.join(home, folder) + "/")}
-        storage.delete(sorted(known | listed))
+        try:
+            # Those known here as well: a listing may lag.
+            known = {
+                storage.join(home, p.relative_to(local).as_posix()) for p in (local / folder).rglob("*") if p.is_file()
+            }
+            listed = {entry.path for entry in storage.list_files(storage.join(home, folder) + "/")}
+            storage.delete(sorted(known | listed))
+        except (StoreError, storage.StorageUnavailableError) as error:
+            failure = str(error)
     shutil.rmtree(local / folder, ignore_errors=True)
+    if not failure and (local / folder).exists():
+        failure = f"{local / folder} is still there"
+    if failure:
+        tell(f"note: {storage.join(home, folder)} has served and could not be removed: {failure}")
 
 
 def _read(home: str, name: str) -> str | None:
@@ -421,7 +434,8 @@ def _check_claim(home: str, claim: Mapping[str, Any]) -> None:
         f"The output folder {home} belongs to another run of `{found['stage']}`",
         got="; ".join(different[:5]) or "the same config made by another version of the code",
         expected="an empty folder or one made by this very config",
-        fix="name another folder, or remove this one",
+        fix="name another folder, or remove this one"
+        + ("" if _read(home, RECORD_FILE) else " (its stage was never completed: nothing is lost)"),
     )
 
 

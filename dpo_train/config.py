@@ -398,6 +398,9 @@ def _check(config: RunConfig, origin: str) -> None:
             (prepare.path is None) == (not prepare.sources)
         ),
         "prepare.weight has no meaning without other sources": prepare.weight is not None and not prepare.sources,
+        "a weight is a share of the training pairs, and a source whose split is not train has none": any(
+            source.weight is not None and source.split not in {None, "train"} for source in prepare.sources
+        ),
         **{
             f"with prepare.sources, prepare.{name} is set for each source": bool(prepare.sources)
             for name in _source_keys_of(prepare)

@@ -136,8 +136,9 @@ def check_inputs(config: RunConfig) -> str:
     """
     from dpo_train.data.folder import model_folder
     from dpo_train.data.sources import plan
-    from dpo_train.stages.prepare import data_digests
+    from dpo_train.stages.prepare import check_apart, data_digests
 
+    check_apart(config)
     check_store(config)
     for index, source in enumerate(config.prepare.all_sources):
         plan(source, index)
@@ -306,7 +307,8 @@ def summary(artifact: Artifact) -> str:
     counts, metrics, details = record.counts, record.metrics, record.details
     if record.stage == "prepare":
         splits = ", ".join(f"{counts[f'pairs/{split}']} {split}" for split in ("train", "validation", "heldout"))
-        return f"{counts['records']} records: {splits}, {counts['rejected']} not used"
+        kept, unused = counts["kept_pairs"], counts["rejected"]
+        return f"{counts['records']} records: {kept} pairs ({splits}), {unused} records not used"
     if record.stage == "score_reference":
         return f"{counts['pairs']} pairs, {counts['tokens']} tokens"
     if record.stage == "sweep":

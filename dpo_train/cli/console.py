@@ -99,6 +99,8 @@ class Display:
     def summary(self, ui_command: str) -> None:
         """The end of a successful command."""
         self.print_table()
+        if (data := self._end_of("prepare")) and not data["reused"]:
+            self.note(f"the data: {data['path']}/report.html; what was not used: {data['path']}/rejections.jsonl")
         self.print_report()
         version = self._end_of("register")
         if version:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.disk import digest_path
+from dpo_train.disk import digest_path, is_hidden
 from dpo_train.errors import ModelError
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".index.json")
 
 
 def model_folder(path: str) -> Path:
@@ -55,17 +56,30 @@ def _fetched(path: str) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of everything in the folder: weights, config and tokenizer."""
-    return digest_path(folder)[:32]
+    """Digest of everything in the folder that may be loaded: weights, config and tokenizer."""
+    return _digest(folder, _loaded(folder))
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Digest of all but the weights, so that pairs are not made again when only weights change.
+    """Digest of all that may be loaded but the weights, so that pairs are not made again when only weights change.
 
-    Tokenizers come under too many file names to list; a config among them costs nothing but a needless prepare.
+    Tokenizers come under too many file names to list, some in sub-folders (``additional_chat_templates/*.jinja``); a
+    config among them costs nothing but a needless prepare.
     """
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.endswith(_WEIGHTS))
+    return _digest(folder, [file for file in _loaded(folder) if not file.name.endswith(_WEIGHTS)])
+
+
+def _loaded(folder: Path) -> list[Path]:
+    """All files below the folder but hidden ones and what is for people to read."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p, folder) and not _is_prose(p.name))
+
+
+def _is_prose(name: str) -> bool:
+    return name.lower().endswith(".md") or name.upper().startswith("LICENSE")
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{digest_path(file)}\0".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{digest_path(file)}\0".encode())
     return digest.hexdigest()[:32]

@@ -7,17 +7,22 @@ with a chance of 1e9 * 1e6 / 2**64, about 5e-5.
 
 from __future__ import annotations
 
+import csv
 import functools
+import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpo_train.data.formats.messages import read_turns
+from dpo_train.data.formats.messages import read_turns, spelled_turns
 from dpo_train.data.formats.reasons import RejectedError
 from dpo_train.data.pairs import PreferencePair
 from dpo_train.data.sources.base import not_utf8
@@ -27,7 +32,8 @@ from dpo_train.errors import DataError
 Hashes = npt.NDArray[np.uint64]
 
 _EXPECTED = '{"prompt": text or messages}'
-_FIX = "mend or remove the line"
+_FIX = "mend or remove it"
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt")
 _WORD = re.compile(r"[^\W_]+")
 # Odd, so that multiplying by its powers loses no bit: the place of a word in its n-gram counts.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -79,45 +85,129 @@ class Overlap:
 
 
 def read_prompts(content: bytes, name: str) -> list[str]:
-    """The evaluation prompts of a file: JSON lines with ``prompt`` (text or messages), or a prompt a line.
+    """The evaluation prompts of a file, by its suffix; all also with ``.gz`` behind it.
 
-    Lines are JSON where the first that is not blank begins with ``{``. Of messages the user's turns count.
+    ``.jsonl`` and ``.ndjson`` hold objects with ``prompt`` (text or messages), ``.json`` an array of them, ``.csv`` a
+    column ``prompt``, ``.txt`` a prompt a line. Text that begins with ``[`` or ``{`` is JSON under any of the first
+    and last names. Of messages the user's turns count.
 
     Raises:
-        DataError: the file is empty, not UTF-8, or a line has no prompt.
+        DataError: the file is of another kind, empty, not UTF-8, or an entry has no prompt.
     """
-    try:
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"The evaluation prompts in {name} cannot be read",
-            got=not_utf8(error),
-            expected="UTF-8",
-            fix="write the file as UTF-8",
-        ) from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if suffixes[-1:] == [".gz"]:
+        content, suffixes = _unzipped(content, name), suffixes[:-1]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in _SUFFIXES:
+        raise _refused(name, f"the suffix {suffix}" if suffix else "no suffix")
+    text = _text(content, name)
+    if not text.strip():
         raise DataError(
             f"The evaluation prompts in {name} are empty",
             expected="JSON lines with prompt, or a prompt a line",
             fix="write prompts into it, or leave prepare.evaluation_prompts out",
         )
-    if not numbered[0][1].startswith("{"):
-        return [line for _, line in numbered]
-    return [_prompt(line, f"{name}, line {number}") for number, line in numbered]
+    if suffix == ".csv":
+        return _csv_prompts(text, name)
+    mark = text.lstrip()[0]
+    if mark == "[":
+        return _array_prompts(text, name)
+    numbered = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if mark == "{" or suffix != ".txt":
+        return [_line_prompt(line, f"{name}, line {number}") for number, line in numbered]
+    return [line for _, line in numbered]
 
 
-def _prompt(line: str, where: str) -> str:
+def _refused(name: str, got: str) -> DataError:
+    return DataError(
+        f"The evaluation prompts in {name} cannot be read",
+        got=got,
+        expected=".jsonl, .json, .csv with a column prompt, or .txt with a prompt a line, as UTF-8 (also .gz)",
+        fix="write the prompts as one of these",
+    )
+
+
+def _unzipped(content: bytes, name: str) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        raise _refused(name, "a .gz file that is damaged, or none") from None
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _refused(name, not_utf8(error)) from None
+    if "\0" in text:
+        raise _refused(name, "NUL bytes, as UTF-16 and files that are no text have them")
+    return text
+
+
+def _csv_prompts(text: str, name: str) -> list[str]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    prompts = []
+    try:
+        header = next(rows)
+        if header.count("prompt") != 1:
+            columns = ", ".join(header)[:200]
+            raise DataError(
+                f"{name} has no column prompt" if "prompt" not in header else f"{name} has two columns prompt",
+                got=f"the columns {columns}",
+                expected="a header, with commas, of which one name is prompt",
+                fix="rename the column of the prompts",
+            )
+        line = rows.line_num + 1
+        for row in rows:
+            where, line = f"{name}, line {line}", rows.line_num + 1
+            if len(row) not in (0, len(header)):
+                got = f"a row of {len(row)} cells below a header of {len(header)}"
+                raise DataError(f"{where} is no row of the table", got=got, fix="quote cells that hold commas")
+            if row:
+                cell = row[header.index("prompt")]
+                prompts.append(_prompt({"prompt": spelled_turns(cell) or cell}, where, "an empty cell"))
+    except csv.Error as error:
+        got = "a quotation mark that nothing closes, or text behind one that does"
+        raise DataError(f"{name} is no CSV near line {rows.line_num}", got=got, fix="mend the quotes") from error
+    if not prompts:
+        raise DataError(
+            f"The evaluation prompts in {name} are empty", got="a header alone", fix="write prompts into it"
+        )
+    return prompts
+
+
+def _array_prompts(text: str, name: str) -> list[str]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        expected = f"an array of {_EXPECTED}, as it begins with ["
+        fix = "mend the array, or write prompts as JSON lines with prompt"
+        raise DataError(f"{name} is no JSON", got=why_undecodable(error), expected=expected, fix=fix) from None
+    if not records:
+        raise DataError(f"The evaluation prompts in {name} are empty", got="[]", fix="write prompts into it")
+    return [
+        _prompt(record, f"{name}, record {number}", json.dumps(record, ensure_ascii=False)[:80])
+        for number, record in enumerate(records, 1)
+    ]
+
+
+def _line_prompt(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-        prompt: Any = record["prompt"] if isinstance(record, dict) and "prompt" in record else None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is no JSON", got=why_undecodable(error), expected=_EXPECTED, fix=_FIX) from None
+    return _prompt(record, where, line[:80])
+
+
+def _prompt(record: Any, where: str, shown: str) -> str:
+    prompt: Any = record["prompt"] if isinstance(record, dict) and "prompt" in record else None
+    try:
         if not isinstance(prompt, str):
             prompt = "\n".join(turn.content for turn in read_turns(prompt, "prompt") if turn.role == "user")
     except RejectedError as error:
-        got = error.rejection.detail if prompt is not None else line[:80]
+        got = error.rejection.detail if prompt is not None else shown
         raise DataError(f"{where} has no prompt", got=got, expected=_EXPECTED, fix=_FIX) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON", got=why_undecodable(error), expected=_EXPECTED, fix=_FIX) from None
     if not prompt.strip():
         raise DataError(f"{where} has an empty prompt", expected="a prompt with text", fix=_FIX)
     return str(prompt)

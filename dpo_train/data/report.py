@@ -103,6 +103,7 @@ def warnings(profile: Profile) -> list[str]:
         found.append(
             f"{_percent(rejected, candidates)} of the candidate pairs were rejected ({rejected:,} of {candidates:,}), "
             f"most often because of {reason} ({most:,})."
+            + (" Whole files may have another format: give each a source of its own." * (reason == "missing_field"))
         )
     if not kept:
         return [*found, "No pair is left: there is nothing to train on."]
@@ -153,6 +154,12 @@ def _source_warnings(profile: Profile, kept: int) -> list[str]:
     return [
         *found,
         *(f"No pair of the source {label[:NAME_CHARS]} was kept." for label, n in of_source.items() if not n),
+        *(
+            f"The weights leave {train:,} of {train + over:,} training pairs of the source {label[:NAME_CHARS]}."
+            for place, label in enumerate(profile.sources)
+            if (over := _count(profile, dataset=place, reason="over_weight"))
+            > 9 * (train := _count(profile, dataset=place, reason=KEPT, split="train"))
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,23 +142,38 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         StoreError: the file is damaged.
     """
-    try:
+    with _shard_errors(path):
         file = pq.ParquetFile(path, memory_map=True)
-        names = [name for name in columns if name in file.schema_arrow.names] if columns is not None else None
-        return file.read(columns=names)
+        return file.read(columns=_present(file, columns))
+
+
+@contextmanager
+def _shard_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
         raise StoreError(
             f"{path} cannot be read: {error}", fix=f"remove {path.parent} and run the stage that makes it again"
         ) from None
 
 
+def _present(file: pq.ParquetFile, columns: Sequence[str] | None) -> list[str] | None:
+    return None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+
+
 def _lay_out(source: Path, target: Path) -> None:
-    """A shard's token columns as an Arrow file of one record batch, so that row number is position."""
-    table = read_shard(source, TOKENS).combine_chunks()
+    """A shard's token columns as an Arrow file, a record batch for each of its row groups: memory holds one of them."""
     temporary = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with _shard_errors(source):
+            file = pq.ParquetFile(source, memory_map=True)
+            names = _present(file, TOKENS)
+            schema = pa.schema([file.schema_arrow.field(name) for name in names or ()])
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for number in range(file.num_row_groups):
+                with _shard_errors(source):
+                    group = file.read_row_group(number, columns=names)
+                writer.write_table(group.combine_chunks())
         temporary.replace(target)  # another rank may have done the same: the content is equal
     finally:
         temporary.unlink(missing_ok=True)
@@ -223,3 +239,18 @@ def other_lengths(table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], np
     counts = pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy()
     entries = pc.list_value_length(pc.list_flatten(table[name])).to_numpy()
     return np.repeat(np.arange(len(table)), counts), entries.astype(np.int64)
+
+
+def list_sums(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """Sum of each list in a column of lists of numbers; 0 for an empty list."""
+    return np.concatenate([np.empty(0), *map(_list_sums, column.chunks)])
+
+
+def _list_sums(chunk: pa.ListArray) -> npt.NDArray[np.float64]:
+    counts = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
+    sums = np.zeros(len(chunk))
+    if counts.any():
+        # An empty list would get the next one's first value: reduceat asks for starts that grow.
+        starts = (np.cumsum(counts, dtype=np.int64) - counts)[counts > 0]
+        sums[counts > 0] = np.add.reduceat(chunk.flatten().to_numpy(), starts, dtype=np.float64)
+    return sums

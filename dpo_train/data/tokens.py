@@ -147,6 +147,10 @@ class PairTokenizer:
             ("chosen", "rejected"), (item.pair.chosen, item.pair.rejected), answers, strict=True
         ):
             whole = self._ended(ids, message, name)
+            if (
+                not isinstance(whole, Rejection) and len(whole) == 1
+            ):  # its end alone: a template may read nothing of what the answer has
+                return Rejection("empty_answer", f"the chat template shows nothing of {name}")
             answer = whole if isinstance(whole, Rejection) else self._cut_answer(whole, name)
             if isinstance(answer, Rejection):
                 return answer
@@ -269,12 +273,28 @@ def _renderer(tokenizer: Any, options: TokenOptions) -> Render:
     def render(turns: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         # A tokenizer may have one template for conversations with tools and one for those without.
         template = templates[0] if len(templates) == 1 else tokenizer.get_chat_template(None, tools)
+        _check_shown(template, turns, tools)
         (text,), _ = render_jinja_template(
             [turns], tools, chat_template=template, add_generation_prompt=add_generation_prompt, **variables
         )
         return str(text)
 
     return render
+
+
+def _check_shown(template: str, turns: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> None:
+    """What a template does not even name would be left out without a word."""
+    unread = ["tools"] if tools and "tools" not in template else []
+    for place, turn in enumerate(turns):
+        for key in ("tool_calls", "function_call", *(_REASONING if place == len(turns) - 1 else ())):
+            if turn.get(key) and key not in template:
+                unread.append(key)
+    if unread:
+        raise ValueError(f"the chat template does not read {', '.join(unread)}; see prepare.chat_template")
+
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Templates leave the thoughts of earlier turns out; those of the answer are part of it."""
 
 
 def _check_options(templates: Sequence[str], options: Mapping[str, Any], special: set[str], *, whose: str) -> None:

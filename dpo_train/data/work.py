@@ -38,9 +38,10 @@ from dpo_train.data.tokens import PairTokenizer
 WORK = "work"
 CANDIDATES_AT_ONCE, TEXT_AT_ONCE = 512, 8 << 20
 """What is tokenised in one go: so many candidates, or characters."""
-PART_BYTES = 32 << 20
-BUCKET_BYTES = 48 << 20
-"""Of candidates, texts and token ids."""
+PART_BYTES = 16 << 20
+BUCKET_BYTES, MOST_BUCKETS = 24 << 20, 1024
+"""Of candidates, texts and token ids. Beyond some 8 million records buckets grow rather than their number: every bucket
+looks at every part."""
 ROWS_AT_ONCE = 1024
 
 HASHES = 1 << 64
@@ -308,7 +309,7 @@ class FinishBucket:
 
 def num_buckets(total_bytes: int) -> int:
     """Buckets of about BUCKET_BYTES; how many there are depends on the data alone."""
-    return max(1, -(-total_bytes // BUCKET_BYTES))
+    return min(max(1, -(-total_bytes // BUCKET_BYTES)), MOST_BUCKETS)
 
 
 def _answers_hash(pair: PreferencePair) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from dpo_train.artifacts import Artifact, local_copy, mirror
+from dpo_train.data.known import UNIT_SCHEMA, token_keys
 from dpo_train.data.shards import TOKENS, lengths, read_shard, write_shard
 from dpo_train.model.score_table import ScoreTable
 
@@ -13,7 +14,7 @@ UNITS_SCHEMA = pa.schema([("shard", pa.string()), ("unit", pa.string()), ("rows"
 
 
 class ScoreUnits:
-    """Tasks (UNITS_SCHEMA) to files of scores (SCORES_SCHEMA); says how many pairs and tokens each had."""
+    """Tasks (UNITS_SCHEMA) to files of scores (UNIT_SCHEMA); says how many pairs and tokens each had."""
 
     def __init__(self, scorer: ScoreTable, pairs: Artifact, home: str) -> None:
         """``home`` is where the output that the units are for belongs."""
@@ -28,7 +29,8 @@ class ScoreUnits:
         pairs = self._tokens(shard).take(pa.array(rows, pa.int64()))
         path = local_copy(self._home) / unit
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_shard(self._scorer(pairs), path)
+        scores = self._scorer(pairs).add_column(0, "key", pa.array(token_keys(pairs)))
+        write_shard(scores.cast(UNIT_SCHEMA), path)
         mirror(self._home).publish(unit)
         return {"unit": unit, "pairs": len(pairs), "tokens": int(lengths(pairs).sum())}
 

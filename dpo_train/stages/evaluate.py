@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import ModelConfig, RunConfig, to_dict
-from dpo_train.data.shards import Split
+from dpo_train.data.shards import Split, list_sums
 from dpo_train.errors import DataError
 from dpo_train.evaluate.gate import judge
 from dpo_train.evaluate.preference import Floats, measure
@@ -27,6 +25,12 @@ from dpo_train.stages.score_reference import join_scores, score_table, score_tab
 
 MIN_GROUPS = 10
 """Groups are what the intervals resample; over fewer a bootstrap sees too little spread."""
+
+_COLUMNS = (
+    *("pair_id", "group", "prompt_ids", "chosen_ids", "rejected_ids"),
+    *("reference_chosen_logps", "reference_rejected_logps"),
+)
+"""What is measured: of a ranking the best answer against the second."""
 
 
 def evaluate(
@@ -46,14 +50,15 @@ def evaluate(
     reporter = Reporter.from_environment("evaluate")
 
     def body(out: Output) -> Summary:
-        heldout = Split(scored, "heldout").table()
-        if len(heldout) < section.min_heldout_pairs:
+        split = Split(scored, "heldout")
+        if split.num_pairs < section.min_heldout_pairs:
             raise DataError(
                 "Too few held-out pairs to judge the policy",
-                got=len(heldout),
+                got=split.num_pairs,
                 expected=f"at least {section.min_heldout_pairs} (evaluate.min_heldout_pairs)",
                 fix="raise prepare.heldout_fraction, or bring more data",
             )
+        heldout = split.table(_COLUMNS)
         num_groups = len(set(heldout["group"].to_pylist()))
         if num_groups < MIN_GROUPS:
             raise DataError(
@@ -62,10 +67,8 @@ def evaluate(
                 expected=f"at least {MIN_GROUPS} groups",
                 fix="raise prepare.heldout_fraction, bring more data, or choose another prepare.group_key",
             )
-        # Of a ranking the best answer is judged against the second.
-        heldout = heldout.drop_columns(["others", "other_ids", "reference_other_logps"])
         check_rows(heldout, section.row_tokens, "evaluate.row_tokens")
-        scorer = functools.partial(score_table_of, config, str(policy.path), section.row_tokens)
+        scorer = functools.partial(score_table_of, config, policy, section.row_tokens)
         table = join_scores(heldout, score_table(heldout, scorer, executor, reporter), prefix="policy_")
         preferences = measure(
             _sums(table, "policy"), _sums(table, "reference"), heldout["group"].to_pylist(), beta=beta, seed=config.seed
@@ -73,8 +76,8 @@ def evaluate(
         margins = pa.table({"pair_id": heldout["pair_id"], "margin": preferences.margins_P})
         pq.write_table(margins, out.path / "margins.parquet")
         verdict = judge(preferences.accuracy, preferences.margin, section.gate)
-        samples = _sample(config, heldout.slice(0, section.num_samples), policy, executor, reporter)
-        history = read_history(policy.path / METRICS_FILE)
+        samples = _sample(config, _first(split, section.num_samples), policy, executor, reporter)
+        history = read_history(policy.file(METRICS_FILE))
         report = Report(
             beta=beta, preferences=preferences, verdict=verdict, samples=samples, history=history, identity=inputs
         )
@@ -92,13 +95,13 @@ def evaluate(
 
 
 def _answers_of(
-    options: storage.Options, model: ModelConfig, device: str, weights: str, max_tokens: int, seed: int
+    options: storage.Options, model: ModelConfig, device: str, policy: Artifact, max_tokens: int, seed: int
 ) -> TableFunction:
     """Builds the sampler in its worker; torch is imported there and not here."""
     from dpo_train.evaluate.generate import AnswerPrompts
 
     storage.use(options)
-    return AnswerPrompts(model, device, weights, max_tokens, seed)
+    return AnswerPrompts(model, device, str(policy.path), max_tokens, seed)
 
 
 def _sample(
@@ -117,7 +120,7 @@ def _sample(
         storage_options(config),
         config.model,
         config.compute.device,
-        str(policy.path),
+        policy,
         section.max_sample_tokens,
         config.seed,
     )
@@ -135,9 +138,15 @@ def _sample(
     ]
 
 
-def _sums(table: pa.Table, who: str) -> tuple[Floats, Floats]:
-    def of(side: str) -> Iterator[float]:
-        for values in table[f"{who}_{side}_logps"].to_pylist():
-            yield float(np.sum(values))
+def _first(split: Split, count: int) -> pa.Table:
+    """The split's first pairs with their prompts: no more shards are read than hold them."""
+    found: list[pa.Table] = []
+    for table in split.tables(["pair_id", "prompt", "prompt_ids"]):
+        found.append(table.slice(0, count - sum(map(len, found))))
+        if sum(map(len, found)) == count:
+            break
+    return pa.concat_tables(found)
 
-    return np.fromiter(of("chosen"), np.float64), np.fromiter(of("rejected"), np.float64)
+
+def _sums(table: pa.Table, who: str) -> tuple[Floats, Floats]:
+    return list_sums(table[f"{who}_chosen_logps"]), list_sums(table[f"{who}_rejected_logps"])

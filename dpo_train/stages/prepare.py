@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ from dpo_train.stages.common import make, storage_options
 from dpo_train.stages.executor import Executor, InProcess
 
 REJECTIONS_FILE = "rejections.jsonl"
-WANTED_TASKS, MOST_TASK_BYTES, MOST_TASK_BLOCKS = 64, 64 << 20, 512
+WANTED_TASKS, MOST_TASK_BYTES, MOST_TASK_BLOCKS = 64, 8 << 20, 512
 """Raw bytes of a task: small enough for a moving progress bar, large enough for few parts."""
 MOST_OPEN_FILES = 200
 SAMPLE_RECORDS = 64
@@ -79,9 +80,12 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
     """
     section = config.prepare
     sources = section.all_sources
+    check_apart(config)
     content = {key: value for key, value in to_dict(section).items() if key not in _PLACES}
     content["sources"] = [{k: v for k, v in to_dict(source).items() if k != "path"} for source in sources]
     content |= {"seed": config.seed, "chat_template": chat_template(config)}
+    if _writes_the_day(config):
+        content["day"] = time.strftime("%Y-%m-%d")
     evaluation_prompts = _evaluation_prompts(config)
     inputs = data_digests(sources)
     inputs["tokenizer"] = tokenizer_digest(model_folder(config.model.path))
@@ -120,7 +124,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
 
     artifact = make(config, "prepare", content, inputs, body, output=output, scratch=(WORK,))
     if not (artifact.reused and storage.is_remote(artifact.home)):
-        discard(artifact.home, WORK)
+        discard(artifact.home, WORK, tell=Reporter.from_environment("prepare").message)
     return artifact
 
 
@@ -131,6 +135,34 @@ class _Finished(NamedTuple):
     rejections: list[str]
     """Files, one of each bucket."""
     profile: Profile
+
+
+def _writes_the_day(config: RunConfig) -> bool:
+    """Whether the chat template asks for today's date (Llama 3.2's does) and no option of it fixes one."""
+    section = config.prepare
+    if section.template != "chat" or any("date" in name for name in section.template_options or {}):
+        return False
+    own = chat_template(config)
+    if own is not None:
+        return "strftime_now" in own
+    folder = model_folder(config.model.path)
+    files = [folder / "tokenizer_config.json", *folder.rglob("*.jinja"), folder / "chat_template.json"]
+    return any("strftime_now" in file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+
+
+def check_apart(config: RunConfig) -> None:
+    """Our outputs would be read as data, and grow while they are read.
+
+    Raises:
+        ConfigError: the store lies in a data folder.
+    """
+    for source in config.prepare.all_sources:
+        data, store = source.path.rstrip("/") + "/", config.store.rstrip("/") + "/"
+        if "*" not in data and store.startswith(data):
+            raise ConfigError(
+                f"The store {config.store} lies in the data folder {source.path}",
+                fix="set `store` to a folder elsewhere, or name the data files",
+            )
 
 
 def label(source: SourceConfig) -> str:
@@ -381,5 +413,5 @@ def _check_usable(numbers: dict[str, int], rejections: Path) -> None:
         f"No training pair is left of {numbers['records']} record{'s' * (numbers['records'] != 1)}",
         got=f"rejections: {counted}; the first: {example}" if reasons else f"{numbers['used']} pairs, none in training",
         expected="records that hold a prompt, a better and a worse answer",
-        fix=_FIXES.get(max(reasons, key=lambda reason: reasons[reason], default=""), _FIX),
+        fix=f"see {rejections}; " + _FIXES.get(max(reasons, key=lambda reason: reasons[reason], default=""), _FIX),
     )

@@ -1,29 +1,31 @@
 """pairs -> pairs with the reference's per-token log-probs
 
     shards of pairs --tasks--> units: scores of some pairs, one file each (units/*.parquet)
-    shard + its units + what earlier outputs know --join--> shard of scored pairs
+    shard + its units + what earlier outputs know --join--> shard of scored pairs; all keys (keys.parquet)
 
-A unit is done or not there: killed in the middle, only unfinished units are done again. Scores belong to a reference,
-whose digest says all that they depend on; pairs that another output with the same reference holds are not scored again,
-so appended data cost what is new.
+A unit is done or not there: killed in the middle, only what no unit holds is done again. Scores belong to a reference,
+whose digest says all that they depend on besides the tokens; tokens that another output with the same reference holds
+are not scored again, so appended data cost what is new.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary, discard, identity, mirror
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import model_folder
-from dpo_train.data.known import KnownScores
+from dpo_train.data.known import KEYS_FILE, KEYS_SCHEMA, Keys, KnownScores, token_keys
 from dpo_train.data.pairs import SCORE_NAMES, SCORED_SCHEMA, SPLITS
 from dpo_train.data.shards import SHARDS_FILE, TOKENS, Shard, Split, lengths, manifest, read_shard, write_shard
 from dpo_train.progress import Reporter
@@ -40,6 +42,8 @@ FEWEST_PAIRS, MOST_PAIRS = 16, 1024
 16 pairs)."""
 WANTED_UNITS = 1000
 
+_Rows = npt.NDArray[np.int64]
+
 
 def score_reference(
     config: RunConfig, pairs: Artifact, executor: Executor, *, output: Path | str | None = None
@@ -53,30 +57,38 @@ def score_reference(
     inputs = {"pairs": pairs.record.digest, "model": model_digest(config)}
     reference = reference_digest(config, pairs, inputs["model"])
 
+    reporter = Reporter.from_environment("score_reference")
+
     def body(out: Output) -> Summary:
-        splits = [Split(pairs, split) for split in SPLITS]
-        reporter = Reporter.from_environment("score_reference")
-        num_tokens = _check(config, splits)
-        known = KnownScores.find(config.store, reference, leave_out=out.home)
-        work = _Work(config, out, pairs, known)
-        work.score([(split, shard) for split in splits for shard in split.shards], executor, reporter)
-        scored = {split.name: [work.join(shard, split) for shard in split.shards] for split in splits}
+        parts = _look(config, [Split(pairs, split) for split in SPLITS])
+        known = KnownScores(_all_keys(parts))
+        known.add_units(out.home, UNITS, tell=reporter.message)
+        known.add_outputs(config.store, reference, leave_out=out.home, tell=reporter.message)
+        build = functools.partial(_build_scorer, config, pairs, out.home)
+        num_scored = _score(parts, known, build, out.home, executor, reporter)
+        scored: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        for part in parts:
+            scored[part.split.name].append(_join(part, known, out.path / part.shard.file))
+        write_shard(_listing(parts), out.path / KEYS_FILE)
         out.write_json(SHARDS_FILE, manifest(scored))
-        num_pairs = sum(split.num_pairs for split in splits)
         return Summary(
-            counts={"pairs": num_pairs, "tokens": num_tokens, "newly_scored": work.num_scored},
+            counts={
+                "pairs": sum(len(part.keys_P) for part in parts),
+                "tokens": sum(int(part.lengths_P.sum(dtype=np.int64)) for part in parts),
+                "newly_scored": num_scored,
+            },
             details={"reference": reference},
         )
 
     artifact = make(config, "score_reference", content, inputs, body, output=output, resumable=True, scratch=(UNITS,))
     # Only now: killed before its record was written, nothing must be scored again.
     if not (artifact.reused and storage.is_remote(artifact.home)):
-        discard(artifact.home, UNITS)
+        discard(artifact.home, UNITS, tell=reporter.message)
     return artifact
 
 
 def reference_digest(config: RunConfig, pairs: Artifact, model: str) -> str:
-    """What a score depends on besides its pair: weights, tokenizer, template, truncation, dtype, layout and code."""
+    """What a score depends on besides its tokens: weights, tokenizer, template, truncation, dtype, layout and code."""
     prepared = pairs.record.config
     names = ("template", "chat_template", "template_options", "max_prompt_tokens", "max_answer_tokens",
              "prompt_truncation", "answer_truncation")  # fmt: skip
@@ -88,62 +100,109 @@ def reference_digest(config: RunConfig, pairs: Artifact, model: str) -> str:
     return identity("reference", content, {"model": model, "tokenizer": pairs.record.inputs.get("tokenizer", "")})
 
 
-class _Work:
-    """The scoring of one output: which units there are, and what becomes of them."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A shard of pairs with what the plan needs to know of it: 12 bytes a pair."""
 
-    def __init__(self, config: RunConfig, out: Output, pairs: Artifact, known: KnownScores) -> None:
-        self._config, self._out, self._pairs, self._known = config, out, pairs, known
-        self._units: dict[str, list[str]] = {}
-        self.num_scored = 0
+    split: Split
+    shard: Shard
+    keys_P: Keys
+    lengths_P: npt.NDArray[np.int32]
 
-    def score(self, shards: Sequence[tuple[Split, Shard]], executor: Executor, reporter: Reporter) -> None:
-        """Every unit that is not there yet."""
-        total = sum(shard.rows for _, shard in shards)
-        tasks: list[pa.Table] = []
-        done = 0
-        for split, shard in shards:
-            units, known = self._plan(split, shard, unit_pairs(total))
-            self._units[shard.file] = [name for name, _ in units]
-            missing = [(name, rows) for name, rows in units if not self._is_there(name)]
-            tasks += [_task(shard, name, rows) for name, rows in missing]
-            done += known + sum(len(rows) for _, rows in units) - sum(len(rows) for _, rows in missing)
-        if done:
-            reporter.message(f"{done} of {total} pairs are scored already")
-        reporter.progress(done, total)
-        if not tasks:
-            return
-        build = functools.partial(_build_scorer, self._config, self._pairs, self._out.home)
+
+def _look(config: RunConfig, splits: Sequence[Split]) -> list[_Part]:
+    """All shards, after a check of what can be seen before a model is loaded."""
+    parts, model = [], model_folder(config.model.path)
+    for split in splits:
+        for shard, table in zip(split.shards, split.tables(TOKENS), strict=True):
+            check_model_reads(table, model)
+            check_rows(table, config.score.row_tokens, "score.row_tokens")
+            parts.append(_Part(split, shard, token_keys(table), lengths(table).astype(np.int32)))
+    return parts
+
+
+def _score(
+    parts: Sequence[_Part],
+    known: KnownScores,
+    build: Callable[[], TableFunction],
+    home: str,
+    executor: Executor,
+    reporter: Reporter,
+) -> int:
+    """Scores what is not known, after which it is; returns the number of pairs."""
+    total = sum(len(part.keys_P) for part in parts)
+    units = [(_unit_name(part.keys_P[rows]), part, rows) for part, rows in _plan(parts, known)]
+    if found := sum(int(known.has(part.keys_P).sum()) for part in parts):
+        reporter.message(f"{found} of {total} pairs are scored already")
+    before = total - sum(len(rows) for _, _, rows in units)
+    reporter.progress(before, total)
+    num_scored = 0
+    if units:  # a model that has nothing to do is not loaded
+        tasks = [_task(part.shard, name, rows) for name, part, rows in units]
         for table in executor.map_tables(build, tasks, uses_model=True):
-            self.num_scored += sum(table["pairs"].to_pylist())
-            reporter.progress(done + self.num_scored, total)
+            num_scored += sum(table["pairs"].to_pylist())
+            reporter.progress(before + num_scored, total)
+    for name, part, rows in units:
+        file = functools.partial(mirror(home).fetch, name)
+        known.add(part.keys_P[rows], np.arange(len(rows), dtype=np.int32), file)
+    return num_scored
 
-    def join(self, shard: Shard, split: Split) -> Shard:
-        """The shard with its scores; once made it is not made again."""
-        path = self._out.path / shard.file
-        table = read_shard(split.path(shard))
-        ids = table["pair_id"].to_pylist()
-        units = [read_shard(mirror(self._out.home).fetch(unit)) for unit in self._units[shard.file]]
-        scored = {pair_id for unit in units for pair_id in unit["pair_id"].to_pylist()}
-        scores = pa.concat_tables([*units, self._known.scores([i for i in ids if i not in scored])])
-        joined = join_scores(table, scores, prefix="reference_")
-        return write_shard(joined.select(SCORED_SCHEMA.names).cast(SCORED_SCHEMA), path)
 
-    def _plan(self, split: Split, shard: Shard, size: int) -> tuple[list[tuple[str, list[int]]], int]:
-        """Units of a shard as (name, rows), and how many of its pairs are known. A name is its pairs' digest."""
-        table = read_shard(split.path(shard), TOKENS)
-        missing = np.flatnonzero(~self._known.has(table["pair_id"]))
+def _plan(parts: Sequence[_Part], known: KnownScores) -> Iterator[tuple[_Part, _Rows]]:
+    """The rows of each unit that is to be done. Of pairs with the same tokens the first is scored."""
+    keys = _all_keys(parts)
+    is_first = np.zeros(len(keys), np.bool_)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    size, end = unit_pairs(len(keys)), 0
+    for part in parts:
+        start, end = end, end + len(part.keys_P)
         # Of similar length together: rows fill better, and the last task is a short one.
-        ordered = missing[np.argsort(-lengths(table)[missing], kind="stable")]
-        ids = table["pair_id"].to_pylist()
-        units = []
-        for start in range(0, len(ordered), size):
-            rows = ordered[start : start + size].tolist()
-            digest = hashlib.sha256("".join(ids[row] for row in rows).encode()).hexdigest()[:16]
-            units.append((f"{UNITS}/{digest}.parquet", rows))
-        return units, shard.rows - len(missing)
+        ordered = np.argsort(-part.lengths_P, kind="stable")
+        for rows in unit_rows(ordered[is_first[start:end][ordered]], ~known.has(part.keys_P), size):
+            yield part, rows
 
-    def _is_there(self, unit: str) -> bool:
-        return (self._out.path / unit).is_file()
+
+def _all_keys(parts: Sequence[_Part]) -> Keys:
+    return np.concatenate([np.empty(0, np.uint64), *(part.keys_P for part in parts)])
+
+
+def unit_rows(ordered: _Rows, missing_P: npt.NDArray[np.bool_], size: int) -> list[_Rows]:
+    """Rows of units of a size that hold what is missing.
+
+    A unit of which everything is missing is the same whatever else is done, so that an interrupted scoring gives the
+    bits of an unbroken one, which hang on what is scored together. What else is missing is put together.
+    """
+    groups = _cut(ordered, size)
+    whole = [rows for rows in groups if missing_P[rows].all()]
+    rest = [rows[missing_P[rows]] for rows in groups if not missing_P[rows].all()]
+    return [*whole, *_cut(np.concatenate(rest), size)] if rest else whole
+
+
+def _cut(rows: _Rows, size: int) -> list[_Rows]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _unit_name(keys: Keys) -> str:
+    """Of its content, in its order."""
+    return f"{UNITS}/{hashlib.sha256(keys.tobytes()).hexdigest()[:16]}.parquet"
+
+
+def _join(part: _Part, known: KnownScores, path: Path) -> Shard:
+    """Writes the shard with its scores, also over one that an interrupted attempt has written."""
+    table = read_shard(part.split.path(part.shard))
+    scores = known.scores(part.keys_P)
+    for name in SCORE_NAMES:
+        table = table.append_column(f"reference_{name}", scores[name])
+    return write_shard(table.select(SCORED_SCHEMA.names).cast(SCORED_SCHEMA), path)
+
+
+def _listing(parts: Sequence[_Part]) -> pa.Table:
+    """The keys of all pairs, for later outputs (KEYS_SCHEMA)."""
+    rows = [np.arange(len(part.keys_P), dtype=np.int32) for part in parts]
+    files = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in rows])
+    names = pa.array([part.shard.file for part in parts], pa.string())
+    numbers = np.concatenate([np.empty(0, np.int32), *rows])
+    return pa.table([_all_keys(parts), pa.DictionaryArray.from_arrays(files, names), numbers], schema=KEYS_SCHEMA)
 
 
 def unit_pairs(total: int) -> int:
@@ -151,19 +210,8 @@ def unit_pairs(total: int) -> int:
     return min(MOST_PAIRS, max(FEWEST_PAIRS, total // WANTED_UNITS))
 
 
-def _task(shard: Shard, name: str, rows: list[int]) -> pa.Table:
-    return pa.table({"shard": [shard.file], "unit": [name], "rows": [rows]})
-
-
-def _check(config: RunConfig, splits: Sequence[Split]) -> int:
-    """What can be seen before a model is loaded; returns the number of tokens in packed rows."""
-    total, model = 0, model_folder(config.model.path)
-    for split in splits:
-        for table in split.tables(TOKENS):
-            check_model_reads(table, model)
-            check_rows(table, config.score.row_tokens, "score.row_tokens")
-            total += int(lengths(table).sum())
-    return total
+def _task(shard: Shard, name: str, rows: _Rows) -> pa.Table:
+    return pa.table({"shard": [shard.file], "unit": [name], "rows": [rows.tolist()]})
 
 
 def _build_scorer(config: RunConfig, pairs: Artifact, home: str) -> TableFunction:
@@ -174,10 +222,10 @@ def _build_scorer(config: RunConfig, pairs: Artifact, home: str) -> TableFunctio
     return ScoreUnits(_scorer(config, None, config.score.row_tokens), pairs, home)
 
 
-def score_table_of(config: RunConfig, weights: str | None, row_tokens: int) -> TableFunction:
-    """The same for whole tables under other weights, as the evaluation wants it."""
+def score_table_of(config: RunConfig, policy: Artifact, row_tokens: int) -> TableFunction:
+    """The same for whole tables under a policy, as the evaluation wants it. Its worker fetches the weights itself."""
     storage.use(storage_options(config))
-    return _scorer(config, weights, row_tokens)
+    return _scorer(config, str(policy.path), row_tokens)
 
 
 def _scorer(config: RunConfig, weights: str | None, row_tokens: int) -> ScoreTable:

@@ -88,5 +88,5 @@ def train(
     artifact = make(config, "train", content, inputs, body, output=output, resumable=True, scratch=(CHECKPOINT_FOLDER,))
     # Only now: killed before its record was written, a finished training must not begin anew.
     if not (artifact.reused and storage.is_remote(artifact.home)):
-        discard(artifact.home, CHECKPOINT_FOLDER)
+        discard(artifact.home, CHECKPOINT_FOLDER, tell=(reporter or Reporter.from_environment("train")).message)
     return artifact

@@ -5,7 +5,7 @@
 
 Records are made by code: conversations of which the prompt has about 90 tokens and each answer about 45. The tokenizer
 is SmolLM2's if the package that holds it is installed, else the tests' own. Every run is a process of its own. Memory
-is the proportional set size (shared pages counted in parts), sampled every 0.1 s.
+is the proportional set size (shared pages counted in parts), sampled every 0.5 s.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.5):
             found: dict[str, float] = defaultdict(float)
             for process in (self._root, *_children(self._root)):
                 try:

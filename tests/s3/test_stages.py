@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from dpo_train import launch, storage
 from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.config import RunConfig
+from dpo_train.data.known import KEYS_FILE
 from dpo_train.errors import StorageUnavailableError, StoreError
+from dpo_train.progress import ENVIRONMENT_KEY, Follower
 from dpo_train.stages import evaluate, prepare, score_reference, train
-from dpo_train.stages.executor import InProcess
+from dpo_train.stages.executor import InProcess, TableFunction
 from dpo_train.storage import client
 from tests.s3.flow import Counting, Steps, contents, copy_up, machine, numbers, outputs
 from tests.s3.proxy import Proxy
@@ -154,6 +160,68 @@ def test_interrupted_scoring_goes_on_on_another_machine(
     assert (whole["newly_scored"], finished.record.counts["newly_scored"], rest.tasks) == (200, 120, 8)
     assert contents(finished, ".parquet") == contents(made["score_reference"], ".parquet")
     assert not any("/units/" in key for key in direct.objects("units"))
+
+
+def test_scoring_survives_what_it_may_not_remove(
+    s3_server: Server, proxied: Proxy, config: RunConfig, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that may write and not delete: the output is complete, its units stay, and that is said."""
+    events = Follower(tmp_path / "events")
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "events"))
+    remote = in_bucket(s3_server, "keep", config, tmp_path / "one")
+    inputs = inputs_in(s3_server, remote, made)
+    drop(s3_server, inputs["score_reference"])
+    proxied.fault("DELETE", "", "denied")
+    assert_same(made["score_reference"], run_one("score_reference", remote, inputs))
+    assert any("/units/" in key for key in s3_server.objects("keep"))
+    (said,) = [event["text"] for event in events.new() if "could not be removed" in event.get("text", "")]
+    assert f"{inputs['score_reference'].home}/units" in said
+
+
+def test_of_an_earlier_output_only_what_is_wanted_is_fetched(
+    s3_server: Server, proxied: Proxy, config: RunConfig, made: Made, tmp_path: Path
+) -> None:
+    """New data alone: a list of keys comes down and no shard. With one old record: the one shard that holds it."""
+    data = tmp_path / "new.jsonl"
+    record = {"prompt": "question 1000", "chosen": "kind", "rejected": "rude"}
+    old = Path(config.prepare.path or "").read_text().splitlines(keepends=True)[0]
+    for place, (lines, fetched) in enumerate((("", 0), (old, 1))):
+        data.write_text("".join(json.dumps({**record, "conversation": f"new {i}"}) + "\n" for i in range(1)) + lines)
+        remote = in_bucket(s3_server, f"wanted{place}", config, tmp_path / str(place))
+        earlier = inputs_in(s3_server, remote, made)["score_reference"]
+        remote = replace(remote, prepare=replace(remote.prepare, path=str(data)))
+        pairs = run_one("prepare", remote, {})
+        proxied.clear()
+        finished = score_reference(remote, pairs, LOCAL)
+        assert finished.record.counts["newly_scored"] == 1
+        assert proxied.count("GET", f"{earlier.address}/{KEYS_FILE}") == 1
+        assert proxied.count("GET", f"{earlier.address}/.*-.*parquet") == fetched
+
+
+def test_workers_of_an_evaluation_fetch_the_policy_themselves(
+    direct: Server, config: RunConfig, made: Made, tmp_path: Path
+) -> None:
+    """They have disks of their own: what lies on the disk of the one that starts them is not there."""
+    remote = in_bucket(direct, "apart", config, tmp_path / "driver")
+    inputs = inputs_in(direct, remote, made)
+    drop(direct, replace(made["evaluate"], home=storage.join(remote.store, made["evaluate"].address)))
+    assert_same(made["evaluate"], run_one("evaluate", remote, inputs, OwnDisk(tmp_path / "driver", tmp_path / "away")))
+
+
+class OwnDisk(InProcess):
+    """While a worker works, the cache of the one that started it is away."""
+
+    def __init__(self, cache: Path, away: Path) -> None:
+        self._cache, self._away = cache, away
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        self._cache.rename(self._away)
+        found = list(super().map_tables(make, tables, uses_model=uses_model))
+        shutil.rmtree(self._cache)
+        self._away.rename(self._cache)
+        yield from found
 
 
 def test_interrupted_training_goes_on_on_another_machine(

@@ -176,6 +176,7 @@ def test_file_is_read_and_relative_paths_become_absolute(tmp_path: Path, monkeyp
         ("prepare={sources: [{path: a, weight: 1.0}, {path: b}]}", "every source has a weight or none"),
         ("prepare={path: a, template: plain, chat_template: t}", "no meaning with prepare.template=plain"),
         ("prepare={sources: [{path: a, split: train}]}", "nothing to evaluate on"),
+        ("prepare={sources: [{path: a}, {path: b, split: heldout, weight: 1.0}]}", "a share of the training pairs"),
         ("prepare={sources: [{pth: a}]}", "unknown key 'prepare.sources.0.pth'"),
         ("prepare={sources: [{path: a, format: nectar}]}", "prepare.sources.0.format"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -21,6 +22,7 @@ from dpo_train.data.formats.values import (
     optional_number,
     structure,
     text,
+    there_are,
     wrong_type,
 )
 from dpo_train.data.pairs import Message, PreferencePair
@@ -36,6 +38,7 @@ class Shared:
     origin: str
     strength: float | None
     agreement: float | None
+    record: Mapping[Any, Any]
 
 
 def share(columns: Columns, source: SourceConfig, prompt: tuple[Message, ...], origin: tuple[str, ...] = ()) -> Shared:
@@ -57,6 +60,7 @@ def share(columns: Columns, source: SourceConfig, prompt: tuple[Message, ...], o
         origin=_origin(columns, origin),
         strength=optional_number(columns.find("strength"), columns.name("strength")),
         agreement=agreement,
+        record=columns.record,
     )
 
 
@@ -87,9 +91,8 @@ def make_pair(
         raise RejectedError("chosen_scored_lower", f"by {-strength:g}")
     if source.min_strength > 0:
         if strength is None:
-            raise RejectedError(
-                "missing_field", "nothing says how strong the preference is, and min_strength asks for it"
-            )
+            why = "strength is unknown: name its column in fields: {strength: ...}"
+            raise RejectedError("missing_field", f"{why}; {there_are(shared.record)}")
         if strength < source.min_strength:
             raise RejectedError("below_min_strength", f"{strength:g}, at least {source.min_strength:g}")
     pair = PreferencePair(

@@ -11,7 +11,7 @@ from dpo_train.config import SourceConfig
 from dpo_train.data.formats.plain import read_hh, read_pairs
 from dpo_train.data.formats.ranked import ANSWERS, PROMPTS, RANKS, RATINGS, read_ranking, read_ultrafeedback
 from dpo_train.data.formats.transcripts import is_open_transcript, is_transcript
-from dpo_train.data.formats.values import Columns, is_empty, is_list
+from dpo_train.data.formats.values import Columns, is_empty, is_list, near
 from dpo_train.data.formats.votes import read_arena, read_helpsteer, read_shp, read_tldr
 from dpo_train.data.pairs import PreferencePair, Rejection
 from dpo_train.errors import ConfigError, DataError
@@ -149,7 +149,7 @@ def detect(sample: Sequence[Any]) -> str:
     if fitting:
         counts = Counter(fitting)
         return max(FORMATS, key=lambda name: counts[name])  # of equals the first in order
-    raise _unknown(records, len(sample))
+    raise _unknown(records, len(sample), is_list_alone=len(sample) == 1 and is_list(sample[0]))
 
 
 def resolve(source: SourceConfig, sample: Sequence[Any]) -> str:
@@ -178,8 +178,15 @@ def _format_of(record: Record) -> str | None:
     return next((name for name, format in FORMATS.items() if format.fits(record)), None)
 
 
-def _unknown(records: Sequence[Record], count: int) -> DataError:
+def _unknown(records: Sequence[Record], count: int, *, is_list_alone: bool) -> DataError:
     if not records:
+        if is_list_alone:
+            return DataError(
+                "The data's format cannot be recognised",
+                got="this is a JSON array: a line that is a list, where a record should be",
+                expected="JSON lines: an object in each line",
+                fix="this is a JSON array: name it .json, or write each of its records into a line of its own",
+            )
         got = f"{count} records, none of them an object with fields" if count else "no record"
         return DataError(
             "The data's format cannot be recognised",
@@ -189,6 +196,14 @@ def _unknown(records: Sequence[Record], count: int) -> DataError:
         )
     columns = Counter(name for record in records for name in record if isinstance(name, str))
     got = "the fields " + ", ".join(name[:40].encode(errors="backslashreplace").decode() for name in list(columns)[:30])
+    if slips := _slips(records):
+        mapped = ", ".join(f"{target}: {name[:40]}" for name, target in slips.items())
+        hint = " and ".join(f"{target} by {name[:40]!r}" for name, target in slips.items())
+        return DataError(
+            f"The data's format cannot be recognised: did you mean {hint}?",
+            got=got,
+            fix=f"rename the columns, or name them in fields: {{{mapped}}}",
+        )
     for fits, what, fix in _OTHERS:
         if sum(map(fits, records)) * 2 > len(records):
             return DataError(what, got=got, expected="two answers to the same prompt, one of them preferred", fix=fix)
@@ -201,11 +216,30 @@ def _unknown(records: Sequence[Record], count: int) -> DataError:
     )
 
 
+def _slips(records: Sequence[Record]) -> dict[str, str]:
+    """Column -> name that it almost has, of the first record that would fit a format by other names; empty without."""
+    known = {target for format in FORMATS.values() for target in format.targets}
+    for record in records[:20]:
+        strange = [name for name in record if isinstance(name, str) and name not in known and name.isprintable()]
+        slips = {name: target for target in sorted(known - set(record)) if (name := near(target, strange))}
+        if slips and _format_of({slips.get(name, name): value for name, value in record.items()}):
+            return slips
+    return {}
+
+
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_SEVERAL = (*ANSWERS, "answer", "outputs", "candidates")
 _PROMPTS = ("prompt", "instruction", "question", "input")
 _COMPLETIONS = ("completion", "response", "output", "answer")
 _OTHERS: tuple[tuple[Callable[[Record], bool], str, str], ...] = (
     (
-        lambda record: _any(record, *_COMPLETIONS) and _has(record, "label"),
+        lambda record: _any(record, *_PROMPTS) and any(is_list(record.get(name)) for name in _SEVERAL),
+        "These are several answers to each prompt, and nothing that is known as their rank or score",
+        "name the format and your columns: format: ranking, fields: {prompt: YOUR_COLUMN, answers: YOUR_COLUMN, "
+        "answer: FIELD_OF_AN_ANSWER, score: FIELD_OF_AN_ANSWER} (or rank; a list beside the answers if they are texts)",
+    ),
+    (
+        lambda record: _any(record, *_COMPLETIONS, *_CONVERSATIONS) and _has(record, "label"),
         "This is unpaired preference data: single answers, each labelled good or bad (as KTO takes them)",
         "train it with a method for unpaired data, or pair good and bad answers to the same prompt as chosen, rejected",
     ),
@@ -215,9 +249,7 @@ _OTHERS: tuple[tuple[Callable[[Record], bool], str, str], ...] = (
         "add a worse answer to each prompt as rejected, or give a data set with preferences",
     ),
     (
-        lambda record: (
-            _any(record, "messages", "conversations", "conversation", "text") and not _any(record, *_PROMPTS)
-        ),
+        lambda record: _any(record, *_CONVERSATIONS, "text") and not _any(record, *_PROMPTS),
         "This is data for supervised fine-tuning: conversations or texts, without a preference",
         "give a data set with preferences",
     ),

@@ -9,7 +9,16 @@ from dpo_train.data.formats.assemble import make_pair, share
 from dpo_train.data.formats.messages import is_python_list, read_turns, spelled_turns
 from dpo_train.data.formats.reasons import RejectedError
 from dpo_train.data.formats.transcripts import hh_answers
-from dpo_train.data.formats.values import Columns, is_blank, is_empty, missing, number, optional_number
+from dpo_train.data.formats.values import (
+    Columns,
+    is_blank,
+    is_empty,
+    meant,
+    missing,
+    number,
+    optional_number,
+    there_are,
+)
 from dpo_train.data.pairs import Message, PreferencePair, Rejection
 
 Turns = tuple[Message, ...]
@@ -21,6 +30,7 @@ SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
 
@@ -49,9 +59,8 @@ def _prompt(columns: Columns) -> Any:
         return value
     others = [name for name in PROMPTS if not is_empty(columns.record.get(name))]
     if len(others) > 1:
-        raise RejectedError(
-            "missing_field", f"no prompt, and {' and '.join(others)} could each be it: name it in fields"
-        )
+        why = f"no prompt, and {' and '.join(others)} could each be it: name it in fields"
+        raise RejectedError("missing_field", f"{why}; {there_are(columns.record)}")
     return columns.record[others[0]] if others else None
 
 
@@ -75,8 +84,8 @@ def _apart(prompt: Any, chosen: Any, rejected: Any, columns: Columns) -> tuple[T
             raise RejectedError("empty_prompt")
         prompt = None
     if prompt is None and is_text:
-        where = "no prompt, and texts without turns cannot be told from theirs: name its column in fields"
-        raise RejectedError("missing_field", where)
+        why = "no prompt, and texts without turns cannot be told from theirs: name its column in fields"
+        raise RejectedError("missing_field", f"{why}{meant(columns.record, 'prompt')}; {there_are(columns.record)}")
     leads, answers = [], []
     for name, value in zip(names, (chosen, rejected), strict=True):
         *lead, answer = (Message("assistant", value),) if isinstance(value, str) else _conversation(value, name)
@@ -87,7 +96,8 @@ def _apart(prompt: Any, chosen: Any, rejected: Any, columns: Columns) -> tuple[T
         if leads[0] != leads[1]:
             raise RejectedError("prompt_differs", f"{names[0]} and {names[1]} part before their last turn")
         if not leads[0]:
-            raise RejectedError("missing_field", "no prompt, and the conversations hold the answer alone")
+            why = "no prompt, and the conversations hold the answer alone"
+            raise RejectedError("missing_field", f"{why}{meant(columns.record, 'prompt')}; {there_are(columns.record)}")
         return leads[0], better, worse
     return _whole_prompt(prompt, leads, names, columns), better, worse
 

@@ -12,7 +12,7 @@ from dpo_train.data.formats.assemble import Shared, answer_of, check_encodable, 
 from dpo_train.data.formats.messages import check_answer
 from dpo_train.data.formats.reasons import RejectedError, reject
 from dpo_train.data.formats.transcripts import prompt_turns
-from dpo_train.data.formats.values import Columns, is_empty, items, look_up, number, wrong_type
+from dpo_train.data.formats.values import Columns, is_empty, items, look_up, names_of, number, wrong_type
 from dpo_train.data.pairs import Message, PreferencePair, Rejection
 
 Outcome = PreferencePair | Rejection
@@ -37,7 +37,7 @@ def read_ultrafeedback(columns: Columns, source: SourceConfig) -> list[Outcome]:
         name = f"completions[{index}]"
         if not isinstance(item, Mapping):
             raise wrong_type(name, item, "an object")
-        return score(item, name), answer_of(_needed(look_up(item, text), f"{name}.{text}"), name)
+        return score(item, name), answer_of(_needed(look_up(item, text), f"{name}.{text}", item), name)
 
     return _pairs(shared, *_usable(completions, read), source)
 
@@ -57,10 +57,10 @@ def read_ranking(columns: Columns, source: SourceConfig) -> list[Outcome]:
             raise wrong_type(name, item, "an object with an answer and its rank or score")
         own = Columns(item, columns.mapped)
         value = own.find("answer", *TEXTS) if item.get("role") is None else item
-        answer = answer_of(_needed(value, f"{name}.answer"), name)
+        answer = answer_of(_needed(value, f"{name}.answer", item), name)
         if not is_empty(own.find("rank")):
             return -number(own.find("rank"), f"the rank of {name}"), answer
-        return number(_needed(own.find("score", *RATINGS), f"{name}.rank"), f"the score of {name}"), answer
+        return number(_needed(own.find("score", *RATINGS), f"{name}.rank", item), f"the score of {name}"), answer
 
     return _pairs(shared, *_usable(answers, read), source)
 
@@ -141,9 +141,9 @@ def _completion_score(columns: Columns, completions: Sequence[Any]) -> Callable[
         names = ("overall_score", "fine-grained_score")
     for name in names:
         if any(isinstance(item, Mapping) and not is_empty(look_up(item, name)) for item in completions):
-            return lambda item, where: number(_needed(look_up(item, name), f"{where}.{name}"), f"{where}.{name}")
+            return lambda item, where: number(_needed(look_up(item, name), f"{where}.{name}", item), f"{where}.{name}")
     if "score" in columns.mapped:
-        return lambda item, where: number(_needed(None, f"{where}.{names[0]}"), where)
+        return lambda item, where: number(_needed(None, f"{where}.{names[0]}", item), where)
     return _mean_rating
 
 
@@ -176,7 +176,8 @@ def _beside(columns: Columns, answers: Sequence[Any]) -> tuple[int, Sequence[Any
     return 1, ()
 
 
-def _needed(value: Any, name: str) -> Any:
+def _needed(value: Any, name: str, item: Mapping[Any, Any]) -> Any:
     if value is None:
-        raise RejectedError("missing_field", f"no {name}")
+        there = names_of(item) or "nothing"
+        raise RejectedError("missing_field", f"no {name}, where there is {there}")
     return value

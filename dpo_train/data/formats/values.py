@@ -5,11 +5,12 @@ Whatever cannot be read ends in a RejectedError; no value, however strange, rais
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -57,10 +58,31 @@ class Columns:
 
 
 def missing(columns: Columns, *targets: str) -> RejectedError:
-    """Says which fields are missing and which there are."""
-    wanted = ", ".join(columns.mapped.get(target, target) for target in targets)
-    there = f"the fields {names_of(columns.record)}" if columns.record else "no field"
-    return RejectedError("missing_field", f"no value for {wanted}; the record has {there}")
+    """Says which fields are missing, which could be meant, and which there are."""
+    wanted = [columns.mapped.get(target, target) for target in targets]
+    why = f"no value for {', '.join(wanted)}{meant(columns.record, *wanted)}"
+    return RejectedError("missing_field", f"{why}; {there_are(columns.record)}")
+
+
+def there_are(record: Mapping[Any, Any]) -> str:
+    """The fields of a record, for messages."""
+    return f"the record has the fields {names_of(record)}" if record else "the record has no field"
+
+
+def meant(record: Mapping[Any, Any], *wanted: str) -> str:
+    """A question after the columns whose names are almost these; empty without one."""
+    names = [name for name in record if isinstance(name, str)]
+    found = [name for target in wanted if target not in record and (name := near(target, names))]
+    return f"; did you mean {' and '.join(name[:40] for name in found)}?" if found else ""
+
+
+def near(target: str, names: Iterable[str]) -> str | None:
+    """The one of these names that is the target in another case or with a slip; None without."""
+    plain = {name.strip().casefold(): name for name in names if len(name) <= 100}
+    # response_1 and response_2 are alike, and no slip.
+    plain = {key: name for key, name in plain.items() if key == target.casefold() or key[:-1] != target[:-1].casefold()}
+    found = difflib.get_close_matches(target.casefold(), plain, n=1, cutoff=0.8)
+    return plain[found[0]] if found else None
 
 
 def names_of(record: Mapping[Any, Any]) -> str:

@@ -14,6 +14,7 @@ from dpo_train.data.sources.streams import open_block
 from dpo_train.errors import DataError
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
+_NO_END = "unexpected end of data"  # in the words of Python's reader
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
@@ -21,19 +22,20 @@ def read_csv(block: Block) -> Generator[Record, None, int]:
     """The rows below the header; ``line`` is the line of the file in which a row starts.
 
     Raises:
-        DataError: the header is missing, or not that of a file with commas (.tsv: with tabs).
+        DataError: the header is missing, or not that of a file with commas (.tsv: with tabs); the text is not UTF-8; a
+            quotation mark without its end swallows all that follows.
     """
     # The limit counts characters, and belongs to the process.
     csv.field_size_limit(max(csv.field_size_limit(), base.MAX_RECORD_BYTES))
     with open_block(block) as stream:
-        lines = _Lines(stream)
+        lines = _Lines(stream, block.name)
         delimiter = _DELIMITERS[block.kind]
         rows = csv.reader(lines, strict=True, delimiter=delimiter)
-        header = _header(lines, rows, block.name, delimiter)
+        header = _header(rows, block.name, delimiter)
         while True:
             lines.start_row()
             first = lines.count + 1
-            value = _next_value(rows, lines, header)
+            value = _next_value(rows, lines, header, block.name)
             if value is None:
                 return lines.count
             if value:
@@ -43,15 +45,15 @@ def read_csv(block: Block) -> Generator[Record, None, int]:
 class _Lines:
     """Lines of text for the CSV reader, which stop where a row gets too large."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
+        self._name = name
         self.count = 0
         self.start_row()
 
     def start_row(self) -> None:
         """A new row starts with the next line."""
         self.row_bytes = 0
-        self.error = ""
         self._quotes = 0
 
     def __iter__(self) -> _Lines:
@@ -69,10 +71,16 @@ class _Lines:
         if self.count == 1:
             raw = raw.removeprefix(BOM)
         try:
-            return raw.decode()
+            text = raw.decode()
         except UnicodeDecodeError as error:
-            self.error = not_utf8(error)
-            return raw.decode(errors="replace")
+            raise self._not_utf8(not_utf8(error)) from None
+        if self.count == 1 and "\0" in text:
+            raise self._not_utf8("NUL bytes, as UTF-16 has them")
+        return text
+
+    def _not_utf8(self, got: str) -> DataError:
+        # Row by row, the records with accents would be lost and no others.
+        return DataError(f"{self._name} is not UTF-8 text: line {self.count}", got=got, fix="save it as UTF-8")
 
     def _add(self, raw: bytes) -> None:
         self.count += 1
@@ -80,7 +88,11 @@ class _Lines:
         self._quotes += raw.count(b'"')
 
     def _skip_row(self, raw: bytes) -> None:
-        """A row ends with a line after which the number of its quotes is even."""
+        """A row ends with a line after which the number of its quotes is even.
+
+        Raises:
+            csv.Error: no line is such an end.
+        """
         while raw:
             if raw[-1] == 10 and self._quotes % 2 == 0:
                 return
@@ -89,21 +101,21 @@ class _Lines:
             self.count += ended and bool(raw)
             self.row_bytes += len(raw)
             self._quotes += raw.count(b'"')
+        if self._quotes % 2:
+            raise csv.Error(_NO_END)
 
 
 class _TooLargeError(Exception):
     """A row above MAX_RECORD_BYTES, of which the lines are skipped."""
 
 
-def _header(lines: _Lines, rows: Any, name: str, delimiter: str) -> list[str]:
+def _header(rows: Any, name: str, delimiter: str) -> list[str]:
     marks = _NAMES[delimiter]
     fix = f"write it as UTF-8 with {marks}, and the names of the columns in its first line"
     try:
         header: list[str] = next(rows, [])
     except (csv.Error, _TooLargeError) as error:
         raise DataError(f"The first line of {name} is no CSV header: {_words(error)}", fix=fix) from None
-    if lines.error or any("\0" in cell for cell in header):
-        raise DataError(f"{name} is not UTF-8 text", got=lines.error or "NUL bytes, as UTF-16 has them", fix=fix)
     if not any(cell.strip() for cell in header):
         raise DataError(f"{name} has no header", got="an empty first line", fix=fix)
     repeated = sorted({cell for cell in header if header.count(cell) > 1})
@@ -121,23 +133,31 @@ def _words(error: csv.Error | _TooLargeError) -> str:
     said = str(error)
     if isinstance(error, _TooLargeError):
         return f"it is larger than {base.MAX_RECORD_BYTES} bytes"
-    if said == "unexpected end of data":
+    if said == _NO_END:
         return "a quotation mark opens a cell and none closes it"
+    if said.startswith("new-line character"):
+        return "a carriage return that no line feed follows"
     return "text behind a closing quotation mark" if "expected after" in said else said
 
 
-def _next_value(rows: Any, lines: _Lines, header: Sequence[str]) -> dict[str, str] | Rejection | None:
+def _next_value(rows: Any, lines: _Lines, header: Sequence[str], name: str) -> dict[str, str] | Rejection | None:
     """The next row as a record or a Rejection; nothing for a blank line, None at the end of the file."""
+    first = lines.count + 1
     try:
         row: list[str] = next(rows)
     except StopIteration:
         return None
     except csv.Error as error:
-        return undecodable(f"no row of cells: {_words(error)}")
+        if str(error) == _NO_END:
+            raise DataError(
+                f"{name} is damaged: in the row of line {first} {_words(error)}",
+                got=f"a cell that takes all up to the file's end, line {lines.count}",
+                fix=f"close the quotation mark in line {first}; within a cell write two for one",
+            ) from None
+        where = f" in lines {first} to {lines.count}" if lines.count > first else ""
+        return undecodable(f"no row of cells{where}: {_words(error)}")
     except _TooLargeError:
         return too_large(lines.row_bytes)
-    if lines.error:
-        return undecodable(lines.error)
     if not row or (len(row) == 1 < len(header) and not row[0].strip()):
         return {}
     if len(row) != len(header):

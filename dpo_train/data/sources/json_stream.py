@@ -14,6 +14,7 @@ from dpo_train.data.sources.base import Block, Record, not_utf8, too_large, unde
 from dpo_train.data.sources.json_values import JsonParser, is_object, json_words, why_undecodable
 from dpo_train.data.sources.lines import BOM, read_lines
 from dpo_train.data.sources.streams import open_block
+from dpo_train.errors import DataError
 
 WINDOW_BYTES = 2**20
 # The longest text that is one token and can be cut: -Infinity, \uXXXX\uXXXX.
@@ -25,14 +26,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 def read_json(block: Block) -> Generator[Record, None, int]:
     """The records of a .json file. If its first line is a whole object, and not the only one, it holds JSON lines.
 
-    A break in an array costs the records behind it: they are one rejection that says where. Lines number the records.
+    Lines number the records.
+
+    Raises:
+        DataError: the text breaks so that where the next record starts cannot be told; how much is lost cannot either.
     """
     with open_block(block) as stream:
         held = stream.readline(WINDOW_BYTES)
         head = held.removeprefix(BOM).strip()
         if held.endswith(b"\n") and head.startswith(b"{") and is_object(head):
             return (yield from read_lines(stream, 0, sys.maxsize, first=1, held=held))
-        return (yield from _read_values(_Window(stream, held)))
+        return (yield from _read_values(_Window(stream, held), block.name))
 
 
 def _not_utf8(head: bytes) -> str:
@@ -47,22 +51,32 @@ class _BrokenError(Exception):
     """The text is no JSON, and where its next value starts cannot be told."""
 
 
-def _read_values(window: _Window) -> Generator[Record, None, int]:
+def _read_values(window: _Window, name: str) -> Generator[Record, None, int]:
     number = 0
     try:
         in_array = window.peek() == "["
         if in_array:
             window.at += 1
         while _another(window, in_array, number):
-            value, size = window.take()
+            # Behind a comma that follows the last record nothing is lost.
+            is_end = in_array and window.peek() == "]"
+            value, size = (undecodable("a comma without a record behind it"), 1) if is_end else window.take()
             number += 1
             yield Record(number, value, size)
     except _BrokenError as error:
-        number += 1
-        why = (_not_utf8(window.head) if number == 1 else "") or str(error)
-        where = f"after {number - 1} records, at character {window.position}, where all that follows is lost"
-        yield Record(number, undecodable(f"the file's JSON breaks {where}: {why}"), 0)
+        raise _damaged(name, number, window, str(error)) from None
     return number
+
+
+def _damaged(name: str, number: int, window: _Window, why: str) -> DataError:
+    why = (_not_utf8(window.head) if number == 0 else "") or why
+    began, at = window.began, f"line {window.line()}, character {window.position} of the file"
+    return DataError(
+        f"{name} is damaged: its JSON breaks after {number} record{'s' * (number != 1)}, at {at}",
+        got=f"{why}; the record there begins in line {began}" if began else why,
+        expected="one JSON array of records, whole, as UTF-8",
+        fix="mend the text there, or write or copy the file again: the records behind it cannot be told apart",
+    )
 
 
 def _another(window: _Window, in_array: bool, number: int) -> bool:
@@ -95,12 +109,21 @@ class _Window:
         self.head = held[:64]
         self._dropped = 0
         self._ended = False
+        self._line = 1
+        self._counted = 0
+        self.began = 0
         self.at = 0
 
     @property
     def position(self) -> int:
         """Characters of the file before the current one."""
         return self._dropped + self.at
+
+    def line(self) -> int:
+        """Line of the file, from 1, at the current position; each character is counted once."""
+        self._line += self._text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
 
     def peek(self) -> str:
         """Skips white space; the character there, or nothing at the end of the file."""
@@ -118,6 +141,7 @@ class _Window:
         Raises:
             _BrokenError: where the value ends cannot be told.
         """
+        self.began = self.line()
         while True:
             try:
                 value, end = self._parser.value_at(self._text, self.at)
@@ -127,13 +151,14 @@ class _Window:
                     self.at = error.pos
                     raise _BrokenError(json_words(error)) from None
             except (ValueError, RecursionError) as error:
-                return undecodable(why_undecodable(error)), self._skip()
+                return undecodable(why_undecodable(error)), self._skip_value()
             else:
                 # A number near the window's end may go on behind it: of 12e+ only 12 is taken.
                 if end + 2 < len(self._text) or self._ended or self._text[end - 1] in '}]"':
+                    self.began = 0
                     return self._checked(value, end)
             if len(self._text) - self.at > base.MAX_RECORD_BYTES:
-                size = self._skip()
+                size = self._skip_value()
                 return too_large(size), size
             self._more()
 
@@ -145,6 +170,11 @@ class _Window:
         except UnicodeEncodeError as error:
             return undecodable(f"bytes that are not UTF-8, {error.start} characters behind its start"), len(text)
         return (self._parser.checked(value, text) if size <= base.MAX_RECORD_BYTES else too_large(size)), size
+
+    def _skip_value(self) -> int:
+        size = self._skip()
+        self.began = 0
+        return size
 
     def _skip(self) -> int:
         """Moves behind the object, array or text at the current position, holding little of it; its characters."""
@@ -172,10 +202,11 @@ class _Window:
         """Drops what is read, and doubles what is left as far as a record may go; False at the end of the file."""
         if self._ended:
             return False
+        self.line()
         left = self._text[self.at :]
         allowed = base.MAX_RECORD_BYTES + WINDOW_BYTES - len(left)
         new = self._stream.read(max(WINDOW_BYTES, min(len(left), allowed)))
         self._ended = not new
         self._dropped += self.at
-        self._text, self.at = left + self._decoder.decode(new, final=not new), 0
+        self._text, self.at, self._counted = left + self._decoder.decode(new, final=not new), 0, 0
         return True

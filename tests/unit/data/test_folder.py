@@ -75,3 +75,37 @@ def test_hidden_files_do_not_count(copy: Path) -> None:
     (copy / ".cache").mkdir()
     (copy / ".cache" / "lock").touch()
     assert weights_digest(copy) == before
+
+
+def test_named_template_in_a_sub_folder_changes_both_digests(copy: Path) -> None:
+    """The tokenizer loads it: another content of it, and another name, are other templates."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(copy)
+    file = copy / "additional_chat_templates" / "tool_use.jinja"
+    digests = [(weights_digest(copy), tokenizer_digest(copy))]
+    file.write_text("{{ messages }}{{ tools }}")
+    digests.append((weights_digest(copy), tokenizer_digest(copy)))
+    file.rename(file.with_name("rag.jinja"))
+    digests.append((weights_digest(copy), tokenizer_digest(copy)))
+    assert len({weights for weights, _ in digests}) == len({tokenizer for _, tokenizer in digests}) == 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "LICENSE.txt", "docs/notes.md"])
+def test_what_is_for_people_to_read_does_not_count(copy: Path, name: str) -> None:
+    """Nothing is prepared or scored again for a word in a model card."""
+    before = weights_digest(copy), tokenizer_digest(copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("of any content")
+    assert (weights_digest(copy), tokenizer_digest(copy)) == before
+
+
+@pytest.mark.parametrize("name", ["original/consolidated.00.pth", "onnx/model.onnx", "tf_model.h5"])
+def test_weights_of_other_frameworks_are_no_tokenizer(copy: Path, name: str) -> None:
+    """They lie in sub-folders of some models and change with the weights."""
+    before = tokenizer_digest(copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"weights")
+    assert tokenizer_digest(copy) == before

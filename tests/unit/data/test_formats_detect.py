@@ -47,6 +47,15 @@ def test_texts_about_humans_are_no_transcripts() -> None:
     [
         ([{"prompt": "a", "completion": "b", "label": True}], "This is unpaired preference data.*method for unpaired"),
         ([{"prompt": [{}], "completion": [{}], "label": False}], "This is unpaired preference data"),
+        ([{"messages": [{"role": "user", "content": "x"}], "label": False}], "This is unpaired preference data"),
+        (
+            [{"question": "a", "answers": ["b", "c"]}],
+            "several answers to each prompt.*format: ranking, fields: {prompt",
+        ),
+        ([{"question": "a", "answers": [{"text": "b", "votes": 1}]}], "several answers.*score: FIELD_OF_AN_ANSWER"),
+        ([[{"prompt": "a"}]], "this is a JSON array: name it .json"),
+        ([{"Prompt": "a", "Chosen": "b", "Rejected": "c"}], "did you mean .*prompt by 'Prompt'.*fields: {.*: Chosen"),
+        ([{"prompt": "a", "choosen": "b", "rejected": "c"}], "did you mean chosen by 'choosen'"),
         ([{"prompt": "a", "completion": "b"}], "supervised fine-tuning: one answer to each prompt"),
         ([{"instruction": "a", "input": "", "output": "b"}], "supervised fine-tuning: one answer to each prompt"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "supervised fine-tuning: conversations or texts"),

@@ -55,6 +55,12 @@ def test_text_prompt_is_one_user_turn() -> None:
             "chosen, rejected; the record has the fields prompt, answer",
         ),
         ({**GOOD, "chosen": None}, "missing_field", "no value for chosen;"),
+        (
+            {"prompt": "a", "choosen": "b", "rejected": "c"},
+            "missing_field",
+            "no value for chosen; did you mean choosen?",
+        ),
+        ({**GOOD, "chosen-rating": "1", "rejected-rating": 3}, "chosen_scored_lower", "by 2"),
         ({**GOOD, "prompt": None}, "missing_field", "texts without turns cannot be told from theirs"),
         (
             {**GOOD, "prompt": None, "input": "a", "instruction": "b"},

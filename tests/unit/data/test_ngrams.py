@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 
@@ -98,20 +99,27 @@ def test_hashes_are_the_same_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "prompts"),
+    ("name", "content", "prompts"),
     [
-        (b'{"prompt": "a b"}\n\n{"prompt": [{"role": "user", "content": "c"}], "id": 3}\n', ["a b", "c"]),
-        (b"\xef\xbb\xbffirst line\r\n\r\nsecond\xe2\x80\xa8line", ["first line", "second\u2028line"]),
+        ("e.jsonl", b'{"prompt": "a b"}\n\n{"prompt": [{"role": "user", "content": "c"}], "id": 3}\n', ["a b", "c"]),
+        ("e.txt", b"\xef\xbb\xbffirst line\r\n\r\nsecond\xe2\x80\xa8line", ["first line", "second\u2028line"]),
+        ("e.TXT.gz", gzip.compress(b"a\nb, c"), ["a", "b, c"]),
+        ("e.json", b'[{"prompt": "a"}, {"prompt": "b"}]', ["a", "b"]),
+        ("e.json.gz", gzip.compress(b' [\n {\n  "prompt": "a"\n }\n]\n'), ["a"]),
+        ("e.jsonl", b'[{"prompt": "a"}]', ["a"]),
+        ("s3://bucket/e.csv", b'\xef\xbb\xbfid,prompt\r\n1,"a, b\nc"\r\n\r\n2,d\r\n', ["a, b\nc", "d"]),
+        ("e.csv", b'prompt\n"[{""role"": ""user"", ""content"": ""a""}]"\n', ["a"]),
         (
+            "e.txt",
             b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
             b' {"from": "human", "value": "c"}]}',
             ["a\nc"],
         ),
     ],
 )
-def test_prompts_are_json_lines_or_plain_lines(content: bytes, prompts: list[str]) -> None:
+def test_prompts_are_read_from_json_csv_and_plain_lines(name: str, content: bytes, prompts: list[str]) -> None:
     """Of messages the user's turns; blank lines, a BOM and CRLF do not matter."""
-    assert read_prompts(content, "eval.jsonl") == prompts
+    assert read_prompts(content, name) == prompts
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,37 @@ def test_prompts_are_json_lines_or_plain_lines(content: bytes, prompts: list[str
         (b'{"prompt": []}', "eval.jsonl, line 1 has an empty prompt"),
     ],
 )
-def test_broken_file_names_its_line(content: bytes, message: str) -> None:
+def test_broken_json_lines_name_their_line(content: bytes, message: str) -> None:
     """A prompt that is not compared would look clean."""
     with pytest.raises(DataError, match=message):
         read_prompts(content, "eval.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.jsonl", b"a\nb", "line 1 is no JSON"),
+        ("e.parquet", b"PAR1", "cannot be read.*the suffix .parquet.*Expected: .jsonl"),
+        ("e", b"a", "cannot be read.*no suffix"),
+        ("e.txt", b"PAR1\x15\x04\xff", "looks like Parquet"),
+        ("e.txt", gzip.compress(b"a"), "looks like gzip"),
+        ("e.txt", "ab".encode("utf-16-le"), "NUL bytes, as UTF-16"),
+        ("e.txt.gz", b"a", "a .gz file that is damaged"),
+        ("e.txt.gz", gzip.compress(b"a" * 99)[:-3], "a .gz file that is damaged"),
+        ("e.txt", b"[INST] a", "is no JSON.*as it begins with"),
+        ("e.txt", b"{a}", "line 1 is no JSON"),
+        ("e.json", b'{\n "prompt": "a"\n}', "line 1 is no JSON"),
+        ("e.json", b'[{"prompt": "a"}, "b"]', 'record 2 has no prompt.*Got: "b"'),
+        ("e.json", b"[]", "are empty"),
+        ("e.csv", b"id;prompt\n1;a\n", "no column prompt.*the columns id;prompt"),
+        ("e.csv", b"prompt,prompt\na,b\n", "two columns prompt"),
+        ("e.csv", b"prompt,id\na,1\nb\n", "line 3 is no row of the table.*1 cells"),
+        ("e.csv", b"prompt,id\na,1\n,2\n", "line 3 has an empty prompt"),
+        ("e.csv", b'prompt\na\n"b\n', "no CSV near line 3"),
+        ("e.csv", b"prompt\n", "are empty.*a header alone"),
+    ],
+)
+def test_file_of_another_kind_is_refused(name: str, content: bytes, message: str) -> None:
+    """Taken as plain lines it would protect nothing, and say so nowhere."""
+    with pytest.raises(DataError, match=message):
+        read_prompts(content, name)

@@ -14,7 +14,7 @@ from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary, produce
 from dpo_train.data import shards
 from dpo_train.data.pairs import SCORED_SCHEMA, TokenPair, token_pairs
-from dpo_train.data.shards import SHARDS_FILE, Split, lengths, manifest, shard_name, write_shard
+from dpo_train.data.shards import SHARDS_FILE, Split, lengths, list_sums, manifest, shard_name, write_shard
 from dpo_train.errors import StoreError
 
 
@@ -81,6 +81,40 @@ def test_mapped_file_is_used_again(output: Artifact, tmp_path: Path, monkeypatch
     assert _same(Split(output, "train").pairs()[3], first)
 
 
+def test_shard_is_laid_out_row_group_by_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 rows in groups of 3, 3 and 1: memory holds one group, and row number is still position."""
+    monkeypatch.setattr(shards, "HELD_BYTES", 0)
+    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 3)
+    storage.use(storage.Options(cache=str(tmp_path / "cache")))
+
+    def body(out: Output) -> Summary:
+        out.write_json(SHARDS_FILE, manifest({"train": [write_shard(_table(0, 7), out.path / "train-00000.parquet")]}))
+        return Summary()
+
+    pairs = Split(produce("score_reference", {}, {}, tmp_path / "out", body), "train").pairs()
+    (file,) = (tmp_path / "cache").rglob("*.arrow")
+    with pa.ipc.open_file(str(file)) as laid_out:
+        assert [laid_out.get_batch(i).num_rows for i in range(laid_out.num_record_batches)] == [3, 3, 1]
+    wanted = token_pairs(_table(0, 7))
+    assert len(pairs) == 7
+    assert all(_same(pairs[i], wanted[i]) for i in (6, 0, 2, 3, 5))
+    assert pairs.ids_digest == hashlib.sha256("\n".join(f"{i:016x}" for i in range(7)).encode()).hexdigest()
+
+
+def test_damaged_shard_leaves_nothing_laid_out(
+    output: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its footer is sound, a page is not: the file is named, and no part of it is taken for the whole later."""
+    monkeypatch.setattr(shards, "HELD_BYTES", 0)
+    storage.use(storage.Options(cache=str(tmp_path / "cache")))
+    file = output.path / "train-00000.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(len(content) // 2 - 4) + content[len(content) // 2 :])
+    with pytest.raises(StoreError, match=r"train-00000.parquet cannot be read"):
+        Split(output, "train").pairs()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
 def test_ids_digest_is_of_all_ids_in_order(output: Artifact) -> None:
     """The same as over a plain list, which the order of batches hangs on."""
     ids = "\n".join(f"{i:016x}" for i in range(12))
@@ -109,6 +143,16 @@ def test_lengths_count_all_answers_of_a_ranking() -> None:
     assert lengths(table).tolist() == [9 + 4, 6]
     assert lengths(pa.concat_tables([table, table.slice(1)])).tolist() == [9 + 4, 6, 6]
     assert lengths(table, "chosen").tolist() == [2, 2]
+
+
+def test_lists_are_summed_each_by_itself() -> None:
+    """Empty and null lists, also first and last; in a slice and in chunks; in double precision."""
+    column = pa.array([[9.0], [], [1.0, 2.0], [], None, [-0.5], [1e8, 1.0, -1e8], []], pa.list_(pa.float32()))
+    assert list_sums(pa.chunked_array([column])).tolist() == [9.0, 0.0, 3.0, 0.0, 0.0, -0.5, 1.0, 0.0]
+    sliced = pa.chunked_array([column]).slice(1, 5)
+    assert list_sums(sliced).tolist() == [0.0, 3.0, 0.0, 0.0, -0.5]
+    assert list_sums(pa.chunked_array([column[6:], column[:0], column[:3]])).tolist() == [1.0, 0.0, 9.0, 0.0, 3.0]
+    assert list_sums(pa.chunked_array([], column.type)).tolist() == []
 
 
 @pytest.mark.parametrize("content", [lambda whole: whole[:50], lambda whole: bytes(len(whole))])

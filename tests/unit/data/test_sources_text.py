@@ -26,16 +26,30 @@ BROKEN_JSON = {
 
 @pytest.mark.parametrize(("content", "before"), BROKEN_JSON.values(), ids=BROKEN_JSON)
 @pytest.mark.parametrize("window", [1, 2**20])
-def test_broken_json_file_gives_what_is_before_the_break_and_one_rejection(
+def test_json_that_breaks_is_an_error_that_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, before: int, window: int
 ) -> None:
-    """The rejection says after how many records and at which character."""
+    """After how many records, at which line and character: how much is lost cannot be told."""
     monkeypatch.setattr(json_stream, "WINDOW_BYTES", window)
     monkeypatch.setattr(base, "MAX_RECORD_BYTES", 1000)
     (tmp_path / "a.json").write_bytes(content)
-    records = read(tmp_path / "a.json")
-    assert outcomes(records) == [{"n": 1}] * before + ["undecodable"]
-    assert f"after {before} records, at character" in records[-1][1].detail
+    with pytest.raises(DataError, match=rf"a\.json is damaged.*after {before} records?, at line 1, character \d+"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("window", [1, 7, 2**20])
+def test_json_that_breaks_names_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """The second record begins in line 6 and breaks in line 8, counted by hand; the window does not matter."""
+    monkeypatch.setattr(json_stream, "WINDOW_BYTES", window)
+    (tmp_path / "a.json").write_bytes(b'[\n {\n  "n":\n   1\n },\n {\n  "n": 2,\n  n: 3\n }\n]')
+    with pytest.raises(DataError, match=r"after 1 record, at line 8, character 36 .* begins in line 6"):
+        read(tmp_path / "a.json")
+
+
+def test_comma_behind_the_last_record_costs_nothing_else(tmp_path: Path) -> None:
+    """What is lost is known: nothing."""
+    (tmp_path / "a.json").write_bytes(b'[{"n": 1}, {"n": 2},\n]')
+    assert outcomes(read(tmp_path / "a.json")) == [{"n": 1}, {"n": 2}, "undecodable"]
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ ] \n", b"\xef\xbb\xbf[]"])
@@ -88,20 +102,46 @@ def test_json_lines_named_json_lose_only_the_broken_line(tmp_path: Path) -> None
 
 
 def test_csv_rows_that_do_not_fit_are_rejections(tmp_path: Path) -> None:
-    """Too few cells, too many, other bytes than UTF-8, text behind a closing quote; blank lines count as lines."""
-    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,2\r\n\r\n1\r\n1,2,3\r\n\xff,2\r\n"1"x,2\r\n3,4')
+    """Too few cells, too many, text behind a closing quote; blank lines count as lines."""
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,2\r\n\r\n1\r\n1,2,3\r\n"1"x,2\r\n3,4')
     records = read(tmp_path / "a.csv")
     bad = "undecodable"
-    assert outcomes(records) == [{"a": "1", "b": "2"}, bad, bad, bad, bad, {"a": "3", "b": "4"}]
-    assert [line for line, _ in records] == [2, 4, 5, 6, 7, 8]
+    assert outcomes(records) == [{"a": "1", "b": "2"}, bad, bad, bad, {"a": "3", "b": "4"}]
+    assert [line for line, _ in records] == [2, 4, 5, 6, 7]
 
 
-def test_csv_quote_without_an_end_is_one_rejection(tmp_path: Path) -> None:
-    """What it swallows cannot be told from a cell."""
-    (tmp_path / "a.csv").write_bytes(b'a,b\n1,2\n"3,4\n5,6\n')
-    records = read(tmp_path / "a.csv")
-    assert outcomes(records) == [{"a": "1", "b": "2"}, "undecodable"]
-    assert records[1][0] == 3
+@pytest.mark.parametrize("limit", [12, 2**20])
+def test_csv_quote_without_an_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """What it swallows cannot be told from a cell, nor where that is more than a record may have."""
+    monkeypatch.setattr(base, "MAX_RECORD_BYTES", limit)
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,2\n"3,4\n5,6\n7,8\n')
+    with pytest.raises(DataError, match=r"a\.csv is damaged.*row of line 3 a quotation mark .* file's end, line 5"):
+        read(tmp_path / "a.csv")
+
+
+def test_csv_rejection_of_several_lines_names_them(tmp_path: Path) -> None:
+    """A quote that the next row's closes."""
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,"2\n"3",4\n5,6\n')
+    (_, bad), (line, value) = read(tmp_path / "a.csv")
+    assert "no row of cells in lines 2 to 3: text behind" in bad.detail
+    assert (line, value) == (4, {"a": "5", "b": "6"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\ncaf\xe9,3\n", "is not UTF-8 text: line 3.*byte 0xe9 at position 3.*save it as UTF-8"),
+        ("a,b\r\n1,2\r\n".encode("utf-16"), "line 1.*looks like UTF-16.*save it as UTF-8"),
+        ("a,b\r\n1,2\r\n".encode("utf-16-le"), "line 1.*as UTF-16 has them.*save it as UTF-8"),
+        ("a,b\r\n1,2\r\n".encode("utf-16-be"), "line 1.*as UTF-16 has them.*save it as UTF-8"),
+        (b"a,b\r1,2\r", "no CSV header: a carriage return"),
+    ],
+)
+def test_csv_in_another_encoding_is_an_error(tmp_path: Path, content: bytes, message: str) -> None:
+    """Row by row, all records with accents would be lost and no others."""
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(

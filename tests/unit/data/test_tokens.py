@@ -487,12 +487,38 @@ def test_text_is_apply_chat_templates_own(kind: str) -> None:
 
 def test_named_templates_are_chosen_by_whether_there_are_tools() -> None:
     """As apply_chat_template does: "tool_use" with tools, "default" without."""
-    templates = {"default": TEMPLATES["token"], "tool_use": "TOOLS" + TEMPLATES["token"]}
+    templates = {"default": TEMPLATES["token"], "tool_use": "{{ 'TOOLS' if tools }}" + TEMPLATES["token"]}
     tokenizer = make("llama3", None, chat_template=templates)
     pair = pair_of("hi", "a", "b")
     with_tools = PreferencePair(pair.prompt, pair.chosen, pair.rejected, "g", tools='[{"name": "f"}]')
     found = [tokenizer.decode(ids_of(outcome)[0]) for outcome in encoder(tokenizer).encode_many([pair, with_tools])]  # type: ignore[arg-type]
     assert found == ["<s><|user|>hi</s><|assistant|>", "TOOLS<s><|user|>hi</s><|assistant|>"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "tools", "word"),
+    [
+        ('{"tool_calls": [{"function": {"name": "f"}}]}', "", "tool_calls"),
+        ('{"reasoning_content": "hm"}', "", "reasoning_content"),
+        ("", '[{"name": "f"}]', "tools"),
+    ],
+)
+def test_what_a_template_does_not_read_is_not_left_out_silently(extra: str, tools: str, word: str) -> None:
+    """Tools, tool calls and an answer's thoughts that the template never names: the pair is refused, by the key."""
+    chosen = Message("assistant", "kind", extra)
+    pair = PreferencePair((Message("user", "hi"),), chosen, Message("assistant", "rude"), "g", tools=tools)
+    (outcome,) = encoder(make("llama3", "token")).encode_many([pair])
+    assert isinstance(outcome, Rejection)
+    assert (outcome.reason, word in outcome.detail) == ("template_refused", True)
+
+
+def test_answer_of_which_the_template_shows_nothing_is_empty() -> None:
+    """Its end alone would be trained as the better answer."""
+    pair = PreferencePair(
+        (Message("user", "hi"),), Message("assistant", "", '{"name": "x"}'), Message("assistant", "rude"), "g"
+    )
+    (outcome,) = encoder(make("llama3", "token")).encode_many([pair])
+    assert outcome == Rejection("empty_answer", "the chat template shows nothing of chosen")
 
 
 def test_own_template_is_used_instead_of_the_tokenizers() -> None:

@@ -260,7 +260,14 @@ BAD_RECORDS: dict[str, Bad] = {
     "chosen scored lower": Bad(
         good(9, margin=None, score_chosen="1", score_rejected="3"), "chosen_scored_lower", "by 2"
     ),
-    "strength unknown": Bad(good(9, margin=None), "missing_field", "min_strength asks for it", {"min_strength": 1.0}),
+    "strength unknown": Bad(
+        good(9, margin=None), "missing_field", "strength is unknown: name its column", {"min_strength": 1.0}
+    ),
+    "misspelt column": Bad(
+        {"promt": "a", "chosen": "b", "rejected": "c"},
+        "missing_field",
+        "did you mean promt?; the record has the fields promt, chosen, rejected",
+    ),
     "strength too small": Bad(good(9, margin=0.5), "below_min_strength", "0.5, at least 1", {"min_strength": 1.0}),
     # tokens
     "end token inside an answer": Bad(good(9, chosen="kind<|im_end|>and"), "end_token_in_answer", "chosen spells"),
@@ -431,18 +438,11 @@ FILES: dict[str, Left] = {
     # .json
     "array": one("a.json", b"[" + A + b"," + B + b"]", 2),
     "one object": one("a.json", json.dumps(good(1), indent=2).encode(), 1),
-    "comma behind the last": one("a.json", b"[" + A + b"," + B + b",]", 2, (3, UNDECODABLE), detail="after 2 records"),
-    "array without its end": one("a.json", b"[" + A + b"," + B[:20], 1, (2, UNDECODABLE), detail="after 1 records"),
+    "comma behind the last": one("a.json", b"[" + A + b"," + B + b",]", 2, (3, UNDECODABLE), detail="a comma without"),
     "scalars in an array": one(
         "a.json", b"[" + A + b', 1, "a", null]', 1, *((i, "not_an_object") for i in (2, 3, 4)), detail="got a number"
     ),
-    "broken record in an array": one(
-        "a.json",
-        b"[" + A + b', {"prompt": cat},' + B + b"]",
-        1,
-        (2, UNDECODABLE),
-        detail="where all that follows is lost",
-    ),
+    "key twice in an array": one("a.json", b'[{"prompt": 1, "prompt": 2},' + A + b"]", 1, (1, UNDECODABLE)),
     "lines in a .json": one("a.json", A + b"x\n" + B, 2, (2, UNDECODABLE)),
     # CSV
     "CSV of a spreadsheet": one("a.csv", b"\xef\xbb\xbf" + (CSV + ROW).replace(b"\n", b"\r\n"), 1),
@@ -452,13 +452,6 @@ FILES: dict[str, Left] = {
     ),
     "cell too many": one(
         "a.csv", CSV + b"a,b,c,d\n" + ROW, 1, (2, UNDECODABLE), detail="a row of 4 cells below a header of 3"
-    ),
-    "quote without its end": one(
-        "a.csv",
-        CSV + ROW + b'dog,"warm,cold\n' + OTHER_ROW,
-        1,
-        (3, UNDECODABLE),
-        detail="a quotation mark opens a cell",
     ),
     "text behind a quote": one(
         "a.csv", CSV + b'dog,"warm"x,cold\n' + ROW, 1, (2, UNDECODABLE), detail="text behind a closing"
@@ -471,9 +464,6 @@ FILES: dict[str, Left] = {
         (3, "empty_answer"),
         (4, "empty_prompt"),
         (5, "empty_answer"),
-    ),
-    "Latin-1 in CSV": one(
-        "a.csv", CSV + ROW + b"caf\xe9,kind,rude\n", 1, (3, UNDECODABLE), detail="byte 0xe9 at position 3"
     ),
     "messages as Python prints them": one(
         "a.csv",
@@ -676,7 +666,19 @@ REFUSED: dict[str, Refused] = {
     "Arrow stream without its end": beside(
         "b.arrow", arrow(TABLE, stream=True)[:-8], "does not end properly", "write it again"
     ),
+    "array without its end": beside(
+        "b.json", b"[" + A + b"," + B[:20], "is damaged", "after 1 record, at line 2", "begins in line 2", "again"
+    ),
+    "broken record in an array": beside(
+        "b.json", b"[" + A + b', {"prompt": cat},' + B + b"]", "after 1 record, at line 2", "expecting value", "mend"
+    ),
+    "quote without its end": beside(
+        "b.csv", CSV + ROW + b'dog,"warm,cold\n' + OTHER_ROW, "is damaged", "line 3", "a quotation mark opens", "close"
+    ),
     # CSV whose every row would be wrong
+    "Latin-1 in CSV": beside(
+        "b.csv", CSV + ROW + b"caf\xe9,kind,rude\n", "is not UTF-8", "line 3", "byte 0xe9 at position 3", "save it"
+    ),
     "semicolons": alone("a.csv", CSV.replace(b",", b";"), "divided by ';'", "prompt;chosen", "commas", "UTF-8"),
     "tabs in a .csv": alone("a.csv", CSV.replace(b",", b"\t"), "divided by", "commas"),
     "commas in a .tsv": alone("a.tsv", CSV + ROW, "divided by ','", "tabs"),
@@ -715,12 +717,16 @@ REFUSED: dict[str, Refused] = {
     "nothing that can be decoded": alone(
         "a.jsonl", b"x\ny\nz\n", "No training pair is left of 3 records", "undecodable"
     ),
+    "array in a .jsonl": alone("a.jsonl", lines([good(1), good(2)]), "this is a JSON array", "name it .json"),
+    "misspelt columns": alone(
+        "a.jsonl", lines({"promt": "a", "Chosen": "b", "rejected": "c"}), "did you mean", "promt"
+    ),
     "lone CR throughout": alone(
         "a.jsonl", (A + B).replace(b"\n", b"\r"), "No training pair is left of 1 record", "undecodable"
     ),
     "UTF-16 throughout": alone("a.jsonl", UTF16, "No training pair is left of 3 records", "undecodable", "UTF-16"),
     "UTF-16 in a .json": alone(
-        "a.json", (b"[" + A + b"]").decode().encode("utf-16"), "No training pair", "looks like UTF-16"
+        "a.json", (b"[" + A + b"]").decode().encode("utf-16"), "is damaged", "looks like UTF-16"
     ),
     "all rejected": alone(
         "a.jsonl",
@@ -761,6 +767,11 @@ REFUSED: dict[str, Refused] = {
         {"data/a.jsonl": A, "e.txt": b"\n\n"},
         ("The evaluation prompts in", "are empty", "a prompt a line"),
         {"evaluation_prompts": "e.txt"},
+    ),
+    "evaluation file of another kind": Refused(
+        {"data/a.jsonl": A, "e.parquet": parquet(TABLE)},
+        ("e.parquet cannot be read", ".parquet", ".jsonl"),
+        {"evaluation_prompts": "e.parquet"},
     ),
     "broken evaluation file": Refused(
         {"data/a.jsonl": A, "e.jsonl": b'{"prompt": "a"}\n{"question": "b"}\n'},

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,3 +266,32 @@ def test_nothing_to_train_on_says_why(config: RunConfig, tmp_path: Path) -> None
     with pytest.raises(DpoError, match=r"rejections: 3 identical_answers; .*a.jsonl") as caught:
         prepare(with_data(config, tmp_path, path=str(data)), LOCAL)
     assert caught.value.exit_code == 2
+
+
+def test_store_in_the_data_folder_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    """Our own outputs would be read as data."""
+    write_lines(tmp_path / "a.jsonl", [pair(1)])
+    with pytest.raises(ConfigError, match="lies in the data folder"):
+        prepare(with_data(config, tmp_path, path=str(tmp_path)), LOCAL)
+
+
+def test_template_that_writes_the_day_makes_another_output_each_day(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Yesterday's pairs have yesterday's date in their tokens; an option that fixes the date makes them last."""
+    turns = "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}<|im_end|>{% endfor %}"
+    dated = (
+        "{{ date_string or strftime_now('%d %b %Y') }}" + turns + "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    (tmp_path / "dated").write_text(dated)
+    data = str(write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(30)]))
+    digests: dict[str, list[str]] = {"today's": [], "fixed": []}
+    for day in ("2026-01-01", "2026-01-02"):
+        clock = SimpleNamespace(strftime=lambda _, day=day: day)
+        monkeypatch.setattr(sys.modules[prepare.__module__], "time", clock)
+        for name, options in (("today's", None), ("fixed", {"date_string": "1 Jan 2026"})):
+            changes = {"chat_template": str(tmp_path / "dated"), "template_options": options}
+            made = prepare(with_data(config, tmp_path, path=data, **changes), LOCAL)
+            digests[name].append(made.record.digest)
+    assert digests["today's"][0] != digests["today's"][1]
+    assert digests["fixed"][0] == digests["fixed"][1]
