@@ -133,7 +133,9 @@ class PrepareConfig(SourceConfig):
     )
     answer_truncation: Truncation = option("keep_start", "the same for an answer")
     evaluation_prompts: str | None = option(
-        None, "file of prompts that no pair may share an n-gram with: JSON lines with `prompt`, or a prompt a line"
+        None,
+        "file of prompts that no pair may share an n-gram with: .jsonl, .json or .csv with `prompt`, or .txt with a "
+        "prompt a line; also .gz",
     )
     evaluation_ngram: Count = option(13, "words in a row that count as overlap with an evaluation prompt")
     report_examples: Annotated[int, Ge(0), Le(50)] = option(3, "examples of each kind in the report")

@@ -80,6 +80,9 @@ def _is_prose(name: str) -> bool:
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{digest_path(file)}\0".encode())
+    try:
+        for file in files:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{digest_path(file)}\0".encode())
+    except OSError as error:
+        raise ModelError(f"The model in {folder} cannot be read: {error}", fix="check its permissions") from None
     return digest.hexdigest()[:32]

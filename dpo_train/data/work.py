@@ -43,6 +43,7 @@ BUCKET_BYTES, MOST_BUCKETS = 24 << 20, 1024
 """Of candidates, texts and token ids. Beyond some 8 million records buckets grow rather than their number: every bucket
 looks at every part."""
 ROWS_AT_ONCE = 1024
+COPIED_BYTES = 1 << 20
 
 HASHES = 1 << 64
 
@@ -223,7 +224,7 @@ class Buckets:
     count: int
 
     def read(self, bucket: int) -> pa.Table:
-        """All candidates of one range of hashes, mapped rather than read, with their line numbers in whole files."""
+        """All candidates of one range of hashes, with their line numbers in whole files."""
         # A hash is below 2**64, and so are the bounds but for the last, which no hash reaches.
         low, high = (bound * HASHES // self.count for bound in (bucket, bucket + 1))
         tables = [OUTCOME_SCHEMA.empty_table()]
@@ -236,7 +237,9 @@ class Buckets:
             start = int(np.searchsorted(hashes, np.uint64(low)))
             stop = len(hashes) if high == HASHES else int(np.searchsorted(hashes, np.uint64(high)))
             if start < stop:
-                tables.append(table.slice(start, stop - start))
+                rows = table.slice(start, stop - start)
+                # Small pieces of many mapped files would hold pages all around them; so they are copied.
+                tables.append(rows.take(np.arange(len(rows))) if rows.nbytes < COPIED_BYTES else rows)
         whole = pa.concat_tables(tables)
         lines = whole["line"].to_numpy() + self.line_offsets[whole["block"].to_numpy()]
         return whole.set_column(whole.column_names.index("line"), "line", pa.array(lines, pa.int64()))

@@ -921,14 +921,14 @@ def test_line_of_100_megabytes_costs_itself_alone(config: RunConfig, tmp_path: P
     assert peak < 90e6
 
 
-def test_no_permission_is_refused(config: RunConfig) -> None:
-    """Where tests run as root, a child that is not root looks."""
+def test_no_permission_is_refused() -> None:
+    """Where tests run as root, a child that is not root looks; it could not read the fixtures' model either."""
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)
         write(folder, {"a.jsonl": A})
         (folder / "a.jsonl").chmod(0)
-        message = _as_another_user(lambda: prepared(config, folder, path=str(folder / "a.jsonl")))
+        message = _as_another_user(lambda: source_digest(SourceConfig(path=str(folder / "a.jsonl"))))
     finally:
         shutil.rmtree(folder)
     assert message == f"{folder}/a.jsonl cannot be read. Got: no permission. What to do: make it readable."

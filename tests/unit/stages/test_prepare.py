@@ -162,7 +162,7 @@ LINE = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=25), newline=st.sampled_from([b"\n", b"\r\n"]), end=st.booleans())
 def test_arbitrary_bytes_are_used_or_rejected(
     config: RunConfig, tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], newline: bytes, end: bool
