@@ -87,7 +87,8 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
     if _writes_the_day(config):
         content["day"] = time.strftime("%Y-%m-%d")
     evaluation_prompts = _evaluation_prompts(config)
-    inputs = data_digests(sources)
+    digests = data_digests(sources)
+    inputs = dict(digests)
     inputs["tokenizer"] = tokenizer_digest(model_folder(config.model.path))
     if evaluation_prompts:
         inputs["evaluation_prompts"] = _digest(evaluation_prompts)
@@ -103,7 +104,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
             home=out.home,
         )
         buckets = _read(config, recipe, blocks, executor, reporter)
-        if data_digests(sources) != {key: inputs[key] for key in data_digests_names(sources)}:
+        if data_digests(sources) != digests:
             raise DataError("The data changed while they were read", fix="run again when nothing writes to them")
         # Starting workers takes longer than deciding one bucket.
         near = InProcess() if buckets.count == 1 else executor
@@ -171,13 +172,9 @@ def label(source: SourceConfig) -> str:
 
 
 def data_digests(sources: Sequence[SourceConfig]) -> dict[str, str]:
-    """Digest of each source's content, by the names under which a record lists them."""
-    return dict(zip(data_digests_names(sources), map(source_digest, sources), strict=True))
-
-
-def data_digests_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """``data`` for the only source, ``data/0`` and so on for several."""
-    return ["data"] if len(sources) == 1 else [f"data/{index}" for index in range(len(sources))]
+    """Digest of each source's content, by its name in a record: ``data``, or ``data/0`` and so on for several."""
+    names = ["data"] if len(sources) == 1 else [f"data/{index}" for index in range(len(sources))]
+    return dict(zip(names, map(source_digest, sources), strict=True))
 
 
 def chat_template(config: RunConfig) -> str | None:
