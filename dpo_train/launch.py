@@ -136,7 +136,7 @@ def check_inputs(config: RunConfig) -> str:
     """
     from dpo_train.data.folder import model_folder
     from dpo_train.data.sources import plan
-    from dpo_train.stages.prepare import check_apart, data_digests
+    from dpo_train.stages.prepare_inputs import check_apart, data_digests
 
     check_apart(config)
     check_store(config)

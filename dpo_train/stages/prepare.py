@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import heapq
 import itertools
 import json
@@ -25,13 +24,12 @@ from dpo_train.artifacts import Artifact, Output, Summary, discard, mirror
 from dpo_train.config import RunConfig, SourceConfig, to_dict
 from dpo_train.data.folder import model_folder, tokenizer_digest
 from dpo_train.data.formats import REASONS, resolve
-from dpo_train.data.ngrams import read_prompts
 from dpo_train.data.pairs import SPLITS
 from dpo_train.data.profile import KEPT, Profile, merge
 from dpo_train.data.report import warnings, write_report
 from dpo_train.data.select import Limit, limits_for
 from dpo_train.data.shards import SHARDS_FILE, Shard, manifest
-from dpo_train.data.sources import BLOCK_BYTES, Block, plan, sample, source_digest
+from dpo_train.data.sources import BLOCK_BYTES, Block, plan, sample
 from dpo_train.data.work import (
     WORK,
     Buckets,
@@ -42,10 +40,19 @@ from dpo_train.data.work import (
     Recipe,
     num_buckets,
 )
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import DataError
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, storage_options
 from dpo_train.stages.executor import Executor, InProcess
+from dpo_train.stages.prepare_inputs import (
+    chat_template,
+    check_apart,
+    data_digests,
+    digest_texts,
+    evaluation_prompts,
+    label,
+    writes_the_day,
+)
 
 REJECTIONS_FILE = "rejections.jsonl"
 WANTED_TASKS, MOST_TASK_BYTES, MOST_TASK_BLOCKS = 64, 8 << 20, 512
@@ -84,14 +91,14 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
     content = {key: value for key, value in to_dict(section).items() if key not in _PLACES}
     content["sources"] = [{k: v for k, v in to_dict(source).items() if k != "path"} for source in sources]
     content |= {"seed": config.seed, "chat_template": chat_template(config)}
-    if _writes_the_day(config):
+    if writes_the_day(config):
         content["day"] = time.strftime("%Y-%m-%d")
-    evaluation_prompts = _evaluation_prompts(config)
+    benchmark = evaluation_prompts(config)
     digests = data_digests(sources)
     inputs = dict(digests)
     inputs["tokenizer"] = tokenizer_digest(model_folder(config.model.path))
-    if evaluation_prompts:
-        inputs["evaluation_prompts"] = _digest(evaluation_prompts)
+    if benchmark:
+        inputs["evaluation_prompts"] = digest_texts(benchmark)
 
     def body(out: Output) -> Summary:
         reporter = Reporter.from_environment("prepare")
@@ -100,7 +107,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
             section=section,
             seed=config.seed,
             formats=[_format(source, index, blocks, reporter) for index, source in enumerate(sources)],
-            evaluation_prompts=evaluation_prompts,
+            evaluation_prompts=benchmark,
             home=out.home,
         )
         buckets = _read(config, recipe, blocks, executor, reporter)
@@ -136,80 +143,6 @@ class _Finished(NamedTuple):
     rejections: list[str]
     """Files, one of each bucket."""
     profile: Profile
-
-
-def _writes_the_day(config: RunConfig) -> bool:
-    """Whether the chat template asks for today's date (Llama 3.2's does) and no option of it fixes one."""
-    section = config.prepare
-    if section.template != "chat" or any("date" in name for name in section.template_options or {}):
-        return False
-    own = chat_template(config)
-    if own is not None:
-        return "strftime_now" in own
-    folder = model_folder(config.model.path)
-    files = [folder / "tokenizer_config.json", *folder.rglob("*.jinja"), folder / "chat_template.json"]
-    return any("strftime_now" in file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
-
-
-def check_apart(config: RunConfig) -> None:
-    """Our outputs would be read as data, and grow while they are read.
-
-    Raises:
-        ConfigError: the store lies in a data folder.
-    """
-    for source in config.prepare.all_sources:
-        data, store = source.path.rstrip("/") + "/", config.store.rstrip("/") + "/"
-        if "*" not in data and store.startswith(data):
-            raise ConfigError(
-                f"The store {config.store} lies in the data folder {source.path}",
-                fix="set `store` to a folder elsewhere, or name the data files",
-            )
-
-
-def label(source: SourceConfig) -> str:
-    """A source's name for people: the end of a path here, the whole of an address."""
-    return source.path if "://" in source.path else Path(source.path).name
-
-
-def data_digests(sources: Sequence[SourceConfig]) -> dict[str, str]:
-    """Digest of each source's content, by its name in a record: ``data``, or ``data/0`` and so on for several."""
-    names = ["data"] if len(sources) == 1 else [f"data/{index}" for index in range(len(sources))]
-    return dict(zip(names, map(source_digest, sources), strict=True))
-
-
-def chat_template(config: RunConfig) -> str | None:
-    """The text of the user's own chat template.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    path = config.prepare.chat_template
-    if path is None:
-        return None
-    try:
-        return _read_file(path, "prepare.chat_template").decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"The chat template {path} is not UTF-8 text", got=str(error), fix="save it as UTF-8"
-        ) from None
-
-
-def _evaluation_prompts(config: RunConfig) -> list[str]:
-    path = config.prepare.evaluation_prompts
-    return [] if path is None else read_prompts(_read_file(path, "prepare.evaluation_prompts"), path)
-
-
-def _read_file(path: str, option: str) -> bytes:
-    if storage.is_remote(path):
-        return storage.read_bytes(path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", fix=f"set {option} to a file") from None
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]
 
 
 def _format(source: SourceConfig, index: int, blocks: Sequence[Block], reporter: Reporter) -> str:
