@@ -82,6 +82,7 @@ def find_files(source: SourceConfig) -> list[DataFile]:
 
 def _find_local(root: Path, split: str) -> list[DataFile]:
     if not _exists(root) and _MAGIC.search(str(root)):
+        _check_no_split(split, f"{root}")
         parts = root.parts
         fixed = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
         base = Path(*parts[:fixed])
@@ -95,11 +96,24 @@ def _find_local(root: Path, split: str) -> list[DataFile]:
     if not root.is_dir():
         if not kind_of(root.name):
             raise DataError(f"{root} is no data file", got=_what_it_is(root), expected=EXPECTED, fix=_NAME_IT)
+        _check_no_split(split, f"{root}")
         return [_data_file(root, root.parent)]
     saved = saved_files(str(root), lambda name: _read_or_none(root / name), split)
     if saved is not None:
         return [_data_file(root / name, root) for name in saved]
+    _check_no_split(split, f"{root}")
     return _choose(_walk(root, ()), root, f"{root}")
+
+
+def _check_no_split(split: str, where: str) -> None:
+    """Files have no splits to choose from: all of them would be read, whatever was asked for."""
+    if split != SourceConfig.hub_split:
+        raise DataError(
+            f"hub_split has no meaning for the files at {where}",
+            got=split,
+            expected="a data set of the hub, or one that `datasets` saved",
+            fix="leave hub_split out, and name the files of that split (a glob such as data/test-*.parquet)",
+        )
 
 
 def _exists(path: Path) -> bool:
@@ -299,6 +313,8 @@ def _find_remote(path: str, split: str) -> list[DataFile]:
     by_name = {entry.path.removeprefix(f"{root}/"): entry for entry in entries}
     names = [name for name in sorted(by_name) if not any(part.startswith(".") for part in name.split("/"))]
     saved = saved_files(path, lambda name: storage.read_bytes(by_name[name].path) if name in by_name else None, split)
+    if saved is None:
+        _check_no_split(split, path)
     chosen = saved if saved is not None else choose_names([name for name in names if not name.endswith("/")], path)
     absent = [name for name in chosen if name not in by_name]
     if absent:

@@ -319,3 +319,11 @@ def test_file_that_vanished_after_planning_is_an_error(tmp_path: Path) -> None:
     for block in blocks:
         with pytest.raises(DataError, match=f"{block.name}.* cannot be read: No such file"):
             list(read_block(block))
+
+
+@pytest.mark.parametrize("name", ["", "a.jsonl", "*.jsonl"])
+def test_split_of_plain_files_is_refused(tmp_path: Path, name: str) -> None:
+    """Folder, file and glob: asked for `test`, all of them would be read."""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="hub_split has no meaning"):
+        plan(SourceConfig(path=str(tmp_path / name), hub_split="test"), 0)
