@@ -39,19 +39,12 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
     Raises:
         ModelError: the tokenizer belongs to another model, or a sequence is longer than the model reads.
     """
-    config = _text_config(model)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) == "longrope":
-        # Beyond this length it computes the whole row at other frequencies: a pair would change its neighbours.
-        config["max_position_embeddings"] = rope.get(
-            "original_max_position_embeddings", config.get("original_max_position_embeddings")
-        )
     ids = [pc.max(pc.list_flatten(pairs[f"{part}_ids"])).as_py() for part in ("prompt", *SIDES)]
     rows, others = other_lengths(pairs, "other_ids")
     if len(rows):
         ids.append(pc.max(pc.list_flatten(pc.list_flatten(pairs["other_ids"]))).as_py())
     largest = max((found for found in ids if found is not None), default=-1)
-    if (vocabulary := config.get("vocab_size")) is not None and largest >= vocabulary:
+    if (vocabulary := _text_config(model).get("vocab_size")) is not None and largest >= vocabulary:
         raise ModelError(
             f"The tokenizer in {model} does not match its model",
             got=f"token id {largest}, where the model's vocabulary has {vocabulary}",
@@ -60,13 +53,24 @@ def check_model_reads(pairs: pa.Table, model: Path) -> None:
     sequences = [lengths(pairs, "prompt", side) for side in SIDES]
     sequences.append(lengths(pairs, "prompt")[rows] + others)
     longest = max(int(sizes.max(initial=0)) for sizes in sequences)
-    if (positions := config.get("max_position_embeddings") or config.get("n_positions")) and longest > positions:
+    if (positions := most_positions(model)) and longest > positions:
         raise ModelError(
             f"A prompt with its answer is longer than the model in {model} reads",
             got=f"{longest} tokens",
             expected=f"at most {positions}",
             fix="lower prepare.max_prompt_tokens or prepare.max_answer_tokens",
         )
+
+
+def most_positions(model: Path) -> int | None:
+    """Tokens of the longest sequence that the model in a folder reads, where its config says so."""
+    config = _text_config(model)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        # Beyond this length it computes the whole row at other frequencies: a pair would change its neighbours.
+        original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+        return original or config.get("n_positions")
+    return config.get("max_position_embeddings") or config.get("n_positions")
 
 
 def check_reference(pairs: pa.Table, path: str) -> None:

@@ -42,6 +42,7 @@ from dpo_train.data.work import (
 )
 from dpo_train.errors import DataError
 from dpo_train.progress import Reporter
+from dpo_train.stages.check import most_positions
 from dpo_train.stages.common import make, storage_options
 from dpo_train.stages.executor import Executor, InProcess
 from dpo_train.stages.prepare_inputs import (
@@ -126,7 +127,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
         out.write_json(SHARDS_FILE, manifest(shards))
         out.adopt({shard.file: shard.bytes for some in shards.values() for shard in some})
         write_report(profiles, out.path, reasons=REASONS)
-        for text in warnings(profiles):
+        for text in [*warnings(profiles), *_length_notes(config)]:
             reporter.message(f"note: {text}")
         return Summary(counts=numbers, details={"formats": recipe.formats})
 
@@ -306,6 +307,19 @@ def _merge(files: Sequence[Path], target: Path) -> Path:
     with contextlib.ExitStack() as stack, target.open("w", encoding="utf-8") as stream:
         stream.writelines(heapq.merge(*(stack.enter_context(f.open(encoding="utf-8")) for f in files), key=place))
     return target
+
+
+def _length_notes(config: RunConfig) -> list[str]:
+    """Scoring refuses what the model cannot read; a person should hear of it before."""
+    section = config.prepare
+    allowed = section.max_prompt_tokens + section.max_answer_tokens
+    positions = most_positions(model_folder(config.model.path))
+    if positions is None or allowed <= positions:
+        return []
+    return [
+        f"The model reads {positions:,} tokens, and prepare.max_prompt_tokens with prepare.max_answer_tokens allows "
+        f"{allowed:,}: a longer prompt with its answer will be refused when it is scored."
+    ]
 
 
 def _counts(profile: Profile, shards: dict[str, list[Shard]]) -> dict[str, int]:

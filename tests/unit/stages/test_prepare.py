@@ -19,6 +19,7 @@ from dpo_train.data import work
 from dpo_train.data.pairs import SPLITS
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError, DataError, DpoError
+from dpo_train.progress import ENVIRONMENT_KEY
 from dpo_train.stages import prepare
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
@@ -295,3 +296,15 @@ def test_template_that_writes_the_day_makes_another_output_each_day(
             digests[name].append(made.record.digest)
     assert digests["today's"][0] != digests["today's"][1]
     assert digests["fixed"][0] == digests["fixed"][1]
+
+
+def test_limits_beyond_what_the_model_reads_are_told_at_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when the pairs are scored: the tiny model reads 256 tokens."""
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "events.jsonl"))
+    data = str(write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(30)]))
+    for most, told in ((192, False), (193, True)):
+        (tmp_path / "events.jsonl").unlink(missing_ok=True)
+        prepare(with_data(config, tmp_path, path=data, max_prompt_tokens=64, max_answer_tokens=most), LOCAL)
+        assert ("The model reads 256 tokens" in (tmp_path / "events.jsonl").read_text()) is told
