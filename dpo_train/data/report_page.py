@@ -151,12 +151,17 @@ is.</p>
 <h2>Why pairs were rejected</h2>
 {% if reasons %}
 <div class="scroll"><table>
-<tr><th>reason</th><th class="n">pairs</th><th class="n">of all</th><th>what it means</th></tr>
+<tr><th>reason</th><th class="n">pairs</th><th class="n">of all</th><th>what it means</th>
+{%- if sources | length > 1 %}{% for source in sources %}<th class="n"><bdi>{{ source.label | visible }}</bdi></th>
+{%- endfor %}{% endif %}</tr>
 {% for row in reasons %}
 <tr><td><code>{{ row.reason | visible }}</code></td>{{ n(row.pairs) }}{{ share(row.share) }}
-<td class="wide">{{ row.meaning | visible }}</td></tr>
+<td class="wide">{{ row.meaning | visible }}</td>
+{%- if sources | length > 1 %}{% for source in sources %}{{ n(source.reasons.get(row.reason, 0)) }}
+{%- endfor %}{% endif %}</tr>
 {% endfor %}
 </table></div>
+<p class="note">Each of them stands in <code>rejections.jsonl</code> beside this page, with its file and line.</p>
 {% else %}
 <p>None was.</p>
 {% endif %}
@@ -174,7 +179,8 @@ is.</p>
 origin{{ "" if origins.named == 1 else "s" }}:</p>
 <div class="scroll"><table>{{ heads("origin", ("pairs rejected", "pairs kept")) }}
 {% for row in origins.top %}
-<tr><td><bdi>{{ row.origin | visible or "(not stated)" }}</bdi></td>{{ n(row.rejected) }}{{ n(row.kept) }}</tr>
+<tr><td><bdi>{{ row.origin | visible or "(not stated, or not read)" }}</bdi></td>
+{{ n(row.rejected) }}{{ n(row.kept) }}</tr>
 {% endfor %}
 {% if origins.other.kept or origins.other.rejected %}
 <tr><td>all others</td>{{ n(origins.other.rejected) }}{{ n(origins.other.kept) }}</tr>

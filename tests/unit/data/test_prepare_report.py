@@ -66,7 +66,7 @@ def content_of(profile: Profile) -> dict[str, Any]:
 
 def test_json_adds_up(tmp_path: Path) -> None:
     """records = used + rejected, candidate pairs = kept + rejected, and each count by hand."""
-    content, _ = written(profile_of(ROWS), tmp_path, reasons={"tie": "both are equally good"})
+    content, page = written(profile_of(ROWS), tmp_path, reasons={"tie": "both are equally good"})
 
     assert content["schema"] == 1
     assert content["records"] == {"total": 6, "used": 4, "rejected": 2}
@@ -76,6 +76,7 @@ def test_json_adds_up(tmp_path: Path) -> None:
     assert [row["reason"] for row in content["reasons"]] == ["tie", "empty_answer", "undecodable"]
     assert [(row["label"], row["kept"], row["rejected"]) for row in content["sources"]] == [("a", 4, 3), ("b", 1, 1)]
     assert content["sources"][0]["reasons"] == {"tie": 2, "empty_answer": 1}
+    assert "reason pairs of all what it means a b tie 2 22.2 % both are equally good 2 0" in page.words
     assert content["truncated"]["any"] == {"pairs": 2, "share": 0.4}
     assert content["warnings"] == warnings(profile_of(ROWS))
 
