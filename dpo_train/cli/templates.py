@@ -31,7 +31,7 @@ def reference() -> str:
     """docs/config.md: a table per section."""
     blocks = [
         "# Config reference",
-        "Generated from the dataclasses in `dpo_train/config.py` by `make docs`; do not edit.",
+        "Generated from the dataclasses in `dpo_train/config/` by `make docs`; do not edit.",
         "Every key may be set in the YAML file or on the command line as `section.key=value`.",
     ]
     blocks += _tables(RunConfig, "")

@@ -1,0 +1,50 @@
+"""Configuration: frozen dataclasses, one per stage, decoded strictly from YAML and ``section.key=value`` overrides.
+
+    YAML text --parse--> dict --override--> dict --decode--> RunConfig      (an error names the key and what to write)
+
+Every field carries its help text, from which ``dpo init`` and docs/config.md are written.
+``compute`` and ``tracking`` say where a run happens; they never change what it computes, so they are no part of the
+identity of an output (see artifacts.py).
+"""
+
+from dpo_train.config.checks import ranking_mistakes
+from dpo_train.config.data import Format, PrepareConfig, ScoreConfig, SourceConfig, Split, Truncation
+from dpo_train.config.kinds import check_alias
+from dpo_train.config.loading import load_config, parse_config, to_dict, to_text
+from dpo_train.config.run import (
+    ComputeConfig,
+    EvaluateConfig,
+    GateConfig,
+    RegisterConfig,
+    RunConfig,
+    StorageConfig,
+    TrackingConfig,
+)
+from dpo_train.config.training import LoraConfig, Loss, ModelConfig, SweepConfig, TrainConfig
+
+__all__ = [
+    "ComputeConfig",
+    "EvaluateConfig",
+    "Format",
+    "GateConfig",
+    "LoraConfig",
+    "Loss",
+    "ModelConfig",
+    "PrepareConfig",
+    "RegisterConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "SourceConfig",
+    "Split",
+    "StorageConfig",
+    "SweepConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "Truncation",
+    "check_alias",
+    "load_config",
+    "parse_config",
+    "ranking_mistakes",
+    "to_dict",
+    "to_text",
+]

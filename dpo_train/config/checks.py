@@ -1,0 +1,107 @@
+"""What the types of single keys cannot say: keys that contradict each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dpo_train import objective
+from dpo_train.config.data import PrepareConfig, SourceConfig
+from dpo_train.config.run import RunConfig
+from dpo_train.config.training import TrainConfig
+from dpo_train.errors import ConfigError
+
+
+def check(config: RunConfig, origin: str) -> None:
+    """What the types of single keys cannot say: keys that contradict each other."""
+    prepare, train = config.prepare, config.train
+    too_few = prepare.max_heldout_pairs is not None and prepare.max_heldout_pairs < config.evaluate.min_heldout_pairs
+    wrong = {
+        "train.weight_decay has no meaning with rmsprop": train.weight_decay and train.optimizer != "adamw",
+        "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not _may_hold(prepare, "heldout"),
+        "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
+            prepare.heldout_fraction + prepare.validation_fraction >= 1
+        ),
+        "prepare.max_heldout_pairs is below evaluate.min_heldout_pairs": too_few,
+        "a sweep over beta chooses how near to stay to the reference, at which no loss of train.loss looks": (
+            config.sweep.betas and objective.is_reference_free(train.loss)
+        ),
+        "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
+            config.sweep.betas and not _may_hold(prepare, "validation")
+        ),
+        "train.keep=best and train.patience need validation pairs, but prepare.validation_fraction is 0": (
+            (train.keep == "best" or train.patience is not None) and not _may_hold(prepare, "validation")
+        ),
+        "prepare needs prepare.path or prepare.sources, and only one of them": (
+            (prepare.path is None) == (not prepare.sources)
+        ),
+        "prepare.weight has no meaning without other sources": prepare.weight is not None and not prepare.sources,
+        "a weight is a share of the training pairs, and a source whose split is not train has none": any(
+            source.weight is not None and source.split not in {None, "train"} for source in prepare.sources
+        ),
+        **{
+            f"with prepare.sources, prepare.{name} is set for each source": bool(prepare.sources)
+            for name in _source_keys_of(prepare)
+        },
+        "either every source has a weight or none": (
+            len({source.weight is None for source in prepare.sources if source.split in {None, "train"}}) > 1
+        ),
+        "prepare.chat_template and prepare.template_options have no meaning with prepare.template=plain": (
+            prepare.template == "plain" and (prepare.chat_template is not None or prepare.template_options)
+        ),
+        **{
+            f"prepare.pairing=ranking: {text}": any(s.pairing == "ranking" for s in prepare.all_sources)
+            for text in ranking_mistakes(train)
+        },
+        **{
+            f"{where} has an address that is not s3:// or a path: {path}": is_so
+            for where, path, is_so in _places(config)
+        },
+    }
+    found = [f"train: {text}" for text in _objective_mistakes(train)] + [text for text, is_so in wrong.items() if is_so]
+    if found:
+        raise ConfigError(f"{origin} contradicts itself: {'; '.join(found)}")
+
+
+def ranking_mistakes(train: TrainConfig) -> list[str]:
+    """What of a training knows two answers alone, and so cannot be given rankings; each as a sentence."""
+    losses = list(objective.weights_of(train.loss))
+    wrong = {
+        f"train.loss={' + '.join(losses)} sees two answers, plackett_luce alone sees all": losses != ["plackett_luce"],
+        "train.ld_alpha compares the lengths of two answers": train.ld_alpha is not None,
+        "train.wpo weighs by two answers": train.wpo,
+    }
+    return [text for text, is_so in wrong.items() if is_so]
+
+
+def _source_keys_of(prepare: PrepareConfig) -> list[str]:
+    """The keys of a source that are set beside ``sources``, where nobody would read them."""
+    items = [item for item in dataclasses.fields(SourceConfig) if item.name != "path"]
+    return [item.name for item in items if getattr(prepare, item.name) != item.default]
+
+
+def _may_hold(prepare: PrepareConfig, split: str) -> bool:
+    """Whether a split gets pairs: by its fraction, or from a source that all goes there."""
+    fraction = {"heldout": prepare.heldout_fraction, "validation": prepare.validation_fraction}[split]
+    sources = prepare.all_sources
+    return any(source.split == split or (source.split is None and fraction > 0) for source in sources)
+
+
+def _places(config: RunConfig) -> list[tuple[str, str, bool]]:
+    """Every address of the config, and whether it is of a kind that we cannot read or write."""
+    places = [
+        ("store", config.store, ("s3",)),
+        *(("prepare", s.path, ("s3", "hf")) for s in config.prepare.all_sources),
+    ]
+    return [(where, path, "://" in path and path.split("://")[0] not in kinds) for where, path, kinds in places]
+
+
+def _objective_mistakes(train: TrainConfig) -> list[str]:
+    defaults = {item.name: item.default for item in dataclasses.fields(train)}
+    return objective.mistakes(
+        train.loss,
+        label_smoothing=train.label_smoothing,
+        divergence=train.divergence,
+        ld_alpha=train.ld_alpha,
+        wpo=train.wpo,
+        options=[name for name in (*objective.OPTION_OF, "divergence_alpha") if getattr(train, name) != defaults[name]],
+    )

@@ -1,0 +1,109 @@
+"""Evaluation, registration, machines, and the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from dpo_train.config.data import PrepareConfig, ScoreConfig
+from dpo_train.config.kinds import STRICT, Alias, Count, ModelName, Seed, option
+from dpo_train.config.training import ModelConfig, SweepConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Rules that a report must pass before its model is registered."""
+
+    __pydantic_config__ = STRICT
+
+    min_accuracy: Annotated[float, Ge(0), Le(1)] = option(
+        0.5, "the lower 95 % bound of held-out accuracy must lie above this"
+    )
+    min_margin: float = option(0.0, "the held-out mean reward margin must lie above this")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """policy and held-out pairs -> report with a verdict"""
+
+    __pydantic_config__ = STRICT
+
+    num_samples: Annotated[int, Ge(0)] = option(3, "held-out prompts answered by the reference and by the policy")
+    max_sample_tokens: Count = option(64, "longest sampled answer")
+    min_heldout_pairs: Count = option(100, "refuse to judge on fewer held-out pairs")
+    row_tokens: Count = option(2048, "tokens per packed row while scoring")
+    gate: GateConfig = field(default_factory=GateConfig, metadata={"help": "rules for the registration"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """report and policy -> model version"""
+
+    __pydantic_config__ = STRICT
+
+    model_name: ModelName = option("dpo-policy", "name of the registered model in MLflow")
+    alias: Alias = option("challenger", "alias that the new version gets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and how wide stages run. Never part of an output's identity."""
+
+    __pydantic_config__ = STRICT
+
+    executor: Literal["ray", "local"] = option("ray", "ray: Ray Data, Train and Tune; local: in this process, one rank")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
+    workers: Count = option(1, "training workers; with GPUs at most one per GPU")
+    data_workers: Count = option(2, "workers for preparing, scoring and sampling")
+    shard: Literal["auto", "on", "off"] = option(
+        "auto", "FSDP2: each training worker holds a share of every weight; auto: when all weights are trained"
+    )
+    max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Object storage behind s3://. Credentials come from the environment or the machine's role, never from here.
+
+    Never part of an output's identity.
+    """
+
+    __pydantic_config__ = STRICT
+
+    endpoint: str | None = option(None, "address of an S3 server that is not Amazon's; default: AWS_ENDPOINT_URL")
+    region: str | None = option(None, "its region; default: AWS_REGION")
+    anonymous: bool = option(False, "read public buckets without credentials")
+    attempts: Count = option(6, "how often a request is tried before the run fails, with growing pauses in between")
+    cache: str | None = option(None, "folder for local copies; default: DPO_CACHE, else ~/.cache/dpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. Never part of an output's identity."""
+
+    __pydantic_config__ = STRICT
+
+    uri: str | None = option(None, "MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in the store")
+    experiment: str = option("dpo", "MLflow experiment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one pipeline run needs."""
+
+    __pydantic_config__ = STRICT
+
+    store: str = option("dpo-store", "folder, here or at s3://, that holds every output, at <store>/<stage>/<digest>")
+    seed: Seed = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
+    model: ModelConfig = field(metadata={"help": "the model to align"})
+    prepare: PrepareConfig = field(metadata={"help": "raw data to pairs"})
+    score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"help": "reference log-probs"})
+    sweep: SweepConfig = field(default_factory=SweepConfig, metadata={"help": "choice of beta"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the DPO training"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"help": "held-out evaluation"})
+    register: RegisterConfig = field(default_factory=RegisterConfig, metadata={"help": "MLflow registration"})
+    compute: ComputeConfig = field(default_factory=ComputeConfig, metadata={"help": "where it runs"})
+    storage: StorageConfig = field(default_factory=StorageConfig, metadata={"help": "object storage"})
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={"help": "MLflow tracking"})
