@@ -20,7 +20,7 @@ from dpo_train.config.run import (
     StorageConfig,
     TrackingConfig,
 )
-from dpo_train.config.training import LoraConfig, Loss, ModelConfig, SweepConfig, TrainConfig
+from dpo_train.config.training import LoraConfig, Loss, ModelConfig, SftConfig, SweepConfig, TrainConfig
 
 __all__ = [
     "ComputeConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "RegisterConfig",
     "RunConfig",
     "ScoreConfig",
+    "SftConfig",
     "SourceConfig",
     "Split",
     "StorageConfig",

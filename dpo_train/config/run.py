@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 
 from dpo_train.config.data import PrepareConfig, ScoreConfig
 from dpo_train.config.kinds import STRICT, Alias, Count, ModelName, Seed, option
-from dpo_train.config.training import ModelConfig, SweepConfig, TrainConfig
+from dpo_train.config.training import ModelConfig, SftConfig, SweepConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,15 @@ class ComputeConfig:
     shard: Literal["auto", "on", "off"] = option(
         "auto", "FSDP2: each training worker holds a share of every weight; auto: when all weights are trained"
     )
+    tensor_parallel: Count = option(
+        1, "training workers that share each layer's matrices, for models too wide for FSDP2 alone; divides workers"
+    )
+    activation_checkpointing: Literal["off", "selective", "full"] = option(
+        "off",
+        "keep less of the forward pass and compute it again: selective keeps the outputs of matrix products, full "
+        "keeps each layer's input alone",
+    )
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of each layer; auto: on GPUs")
     max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
 
 
@@ -99,6 +108,7 @@ class RunConfig:
     seed: Seed = option(0, "seeds the splits, the order of pairs, the adapters and the samples")
     model: ModelConfig = field(metadata={"help": "the model to align"})
     prepare: PrepareConfig = field(metadata={"help": "raw data to pairs"})
+    sft: SftConfig = field(default_factory=SftConfig, metadata={"help": "fine-tuning on the chosen answers"})
     score: ScoreConfig = field(default_factory=ScoreConfig, metadata={"help": "reference log-probs"})
     sweep: SweepConfig = field(default_factory=SweepConfig, metadata={"help": "choice of beta"})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "the DPO training"})

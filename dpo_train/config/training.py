@@ -24,6 +24,13 @@ class ModelConfig:
 
     path: str = option(help="folder in the Hugging Face layout (safetensors), here or at s3://, or a hub name")
     trust_remote_code: bool = option(False, "run Python code that ships with the model; leave off unless you wrote it")
+    adapter: str | None = option(
+        None,
+        "folder of a PEFT adapter that the model has: it is trained on, and the reference is the model with it",
+    )
+    quantization: Literal["nf4"] | None = option(
+        None, "nf4: 4-bit base weights under adapters (QLoRA, arXiv 2305.14314); needs bitsandbytes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,32 @@ class TrainConfig:
     )
     patience: Count | None = option(None, "stop after so many measurements without a better one; null: never")
     lora: LoraConfig | None = option(None, "train adapters; null: all weights")
+    frozen: tuple[str, ...] = option(
+        (), "modules whose weights stay as they are, by name or its end: [embed_tokens, layers.0]; of a full training"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """chosen answers -> the model that is aligned, where there is no SFT model yet (the paper's Preferred-FT)"""
+
+    __pydantic_config__ = STRICT
+
+    enabled: bool = option(False, "fine-tune the model on the chosen answers first; what comes of it is the reference")
+    learning_rate: Positive = option(1e-5, "peak learning rate; about 1e-5 for full fine-tuning, 1e-4 for LoRA")
+    optimizer: Literal["adamw", "rmsprop"] = option("adamw", "as in train")
+    weight_decay: Annotated[float, Ge(0)] = option(0.0, "decoupled weight decay (adamw)")
+    schedule: Literal["constant", "linear", "cosine"] = option("linear", "after the warm-up")
+    warmup_steps: Annotated[int, Ge(0)] = option(10, "steps of linear warm-up")
+    max_grad_norm: Positive = option(1.0, "gradients are scaled down to this global norm")
+    batch_pairs: Count = option(64, "pairs whose chosen answers make one optimiser step, over all workers")
+    epochs: Count = option(1, "passes over the training pairs")
+    max_steps: Count | None = option(None, "stop after this many steps; default: all epochs")
+    row_tokens: Count = option(2048, "tokens per packed row; one row is one micro-batch")
+    checkpoint_steps: Count = option(50, "save what a resume needs every so many steps")
+    evaluate_steps: Count = option(50, "measure the validation pairs every so many steps, and at the end")
+    lora: LoraConfig | None = option(None, "train adapters, which are merged at the end; null: all weights")
+    frozen: tuple[str, ...] = option((), "as in train")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from dpo_train.config import LoraConfig, ModelConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.errors import ModelError, first_line
+from dpo_train.model.adapters import fresh_adapter, load_adapter, strip_paths
 from dpo_train.model.forward import PackedForward
 from dpo_train.model.layout import Layout, layout_of
 
@@ -118,9 +118,9 @@ def load_policy(
     layout_of(model, folder)  # refuses what cannot be masked
     adapters = None
     if weights is not None and (weights / ADAPTER_FOLDER).is_dir():
-        adapters = _load_adapter(model, weights / ADAPTER_FOLDER)
+        adapters = load_adapter(model, weights / ADAPTER_FOLDER)
     elif lora is not None:
-        adapters = _fresh_adapter(model, lora, seed)
+        adapters = fresh_adapter(model, lora, seed)
     # eval() for good: with dropout the policy would differ from its reference before the first step.
     model.eval()
     for name, parameter in model.named_parameters():
@@ -138,7 +138,7 @@ def save_policy(policy: Policy, target: Path, tokenizer: Any, state: dict[str, T
     """
     if policy.adapters is not None:
         policy.adapters.save_pretrained(target / ADAPTER_FOLDER, safe_serialization=True, state_dict=state)
-        _strip_paths(target / ADAPTER_FOLDER / "adapter_config.json")
+        strip_paths(target / ADAPTER_FOLDER / "adapter_config.json")
     else:
         policy.model.save_pretrained(target / MODEL_FOLDER, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(target / MODEL_FOLDER)
@@ -177,51 +177,3 @@ def _load_base(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
         )
     except Exception as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
-
-
-def _fresh_adapter(model: Any, lora: LoraConfig, seed: int) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    # With tied weights the input embedding is the same matrix; merging its adapter would change the output as well.
-    matrix = model.get_output_embeddings().weight
-    head = [name for name, module in model.named_modules() if getattr(module, "weight", None) is matrix]
-    modules = [name for name, _ in model.named_modules()]
-    named = [] if isinstance(targets, str) else targets
-    # PEFT itself objects only if none of the names fits.
-    if missing := [t for t in named if not any(_is_meant(t, name) for name in modules)]:
-        raise ModelError("The model has no such module", got=f"train.lora.target_modules: {', '.join(missing)}")
-    if any(_is_meant(target, name) for target in named for name in head):
-        raise ModelError(
-            "LoRA on the vocabulary matrix is not supported: log-probs use it without its adapter",
-            got=f"train.lora.target_modules={targets}",
-            fix="leave the output embedding out",
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        peft_config = PeftLoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-        )
-        try:
-            return get_peft_model(model, peft_config)
-        except ValueError as error:
-            raise ModelError(f"The adapters do not fit the model: {first_line(error)}") from None
-
-
-def _is_meant(target: str, module: str) -> bool:
-    """A target names a module by its whole name or its end, as PEFT reads it."""
-    return module == target or module.endswith(f".{target}")
-
-
-def _load_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
-
-
-def _strip_paths(file: Path) -> None:
-    """An adapter's config names the machine's path of its base; the training's record says better what the base was."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["base_model_name_or_path"] = None
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
