@@ -9,6 +9,7 @@ from components import IMAGE
 def evaluate(
     config: str,
     run_id: str,
+    model: dsl.Input[dsl.Model],
     scored: dsl.Input[dsl.Dataset],
     policy: dsl.Input[dsl.Model],
     report: dsl.Output[dsl.HTML],
@@ -19,6 +20,7 @@ def evaluate(
     Args:
         config: the whole run config as YAML or JSON.
         run_id: MLflow's parent run.
+        model: from sft.
         scored: from score_reference.
         policy: from train.
         report: the page for people.
@@ -27,7 +29,7 @@ def evaluate(
     from dpo_train import launch
 
     settings = launch.parse_config(config)
-    given = {"score_reference": scored, "train": policy}
+    given = {"sft": model, "score_reference": scored, "train": policy}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("evaluate", settings, inputs, run_id=run_id)
     report.uri, report.metadata = launch.uri(artifact, "report.html"), launch.metadata(artifact)

@@ -9,6 +9,7 @@ from components import IMAGE
 def register(
     config: str,
     run_id: str,
+    model: dsl.Input[dsl.Model],
     policy: dsl.Input[dsl.Model],
     report: dsl.Input[dsl.HTML],
     version: dsl.Output[dsl.Artifact],
@@ -18,6 +19,7 @@ def register(
     Args:
         config: the whole run config as YAML or JSON.
         run_id: MLflow's parent run.
+        model: from sft.
         policy: from train.
         report: from evaluate.
         version: name and number of the registered version.
@@ -25,7 +27,7 @@ def register(
     from dpo_train import launch
 
     settings = launch.parse_config(config)
-    given = {"train": policy, "evaluate": report}
+    given = {"sft": model, "train": policy, "evaluate": report}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("register", settings, inputs, run_id=run_id)
     version.uri, version.metadata = launch.uri(artifact), launch.metadata(artifact)

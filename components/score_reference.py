@@ -6,18 +6,26 @@ from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def score_reference(config: str, run_id: str, pairs: dsl.Input[dsl.Dataset], scored: dsl.Output[dsl.Dataset]) -> None:
+def score_reference(
+    config: str,
+    run_id: str,
+    model: dsl.Input[dsl.Model],
+    pairs: dsl.Input[dsl.Dataset],
+    scored: dsl.Output[dsl.Dataset],
+) -> None:
     """Computes the reference's log-probs once, for every beta, epoch and retry (Ray Data).
 
     Args:
         config: the whole run config as YAML or JSON.
         run_id: MLflow's parent run.
+        model: from sft.
         pairs: from prepare.
         scored: the pairs with reference log-probs.
     """
     from dpo_train import launch
 
     settings = launch.parse_config(config)
-    inputs = {"prepare": launch.stored(settings, pairs.metadata["address"])}
+    given = {"sft": model, "prepare": pairs}
+    inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("score_reference", settings, inputs, run_id=run_id)
     scored.uri, scored.metadata = launch.uri(artifact), launch.metadata(artifact)

@@ -9,6 +9,7 @@ from components import IMAGE
 def train(
     config: str,
     run_id: str,
+    model: dsl.Input[dsl.Model],
     scored: dsl.Input[dsl.Dataset],
     choice: dsl.Input[dsl.Artifact],
     policy: dsl.Output[dsl.Model],
@@ -18,6 +19,7 @@ def train(
     Args:
         config: the whole run config as YAML or JSON.
         run_id: MLflow's parent run.
+        model: from sft.
         scored: from score_reference.
         choice: from sweep.
         policy: the trained weights.
@@ -25,7 +27,7 @@ def train(
     from dpo_train import launch
 
     settings = launch.parse_config(config)
-    given = {"score_reference": scored, "sweep": choice}
+    given = {"sft": model, "score_reference": scored, "sweep": choice}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("train", settings, inputs, run_id=run_id)
     policy.uri, policy.metadata = launch.uri(artifact), launch.metadata(artifact)

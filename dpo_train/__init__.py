@@ -1,6 +1,6 @@
 """Preference data to an aligned, evaluated, registered model by Direct Preference Optimization (arXiv 2305.18290).
 
-    raw data -> prepare -> pairs -> score_reference -> scored pairs -> sweep (beta) -> train -> policy
+    raw data -> prepare -> pairs (-> sft -> model) -> score_reference -> scored pairs -> sweep (beta) -> train -> policy
                                                                   -> evaluate -> report -> register -> model version
 
 The flow from a notebook::

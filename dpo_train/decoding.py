@@ -37,6 +37,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+# As YAML 1.2 and JSON have it: `on`, `off`, `yes` and `no` are words, and some options take them.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """YAML (or JSON) as plain values.
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, complete_below, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
-from dpo_train.errors import DpoError
+from dpo_train.errors import DpoError, StoreError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 from dpo_train.runs import RUNS, RunFolder, store_lock
 
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "prepare": (),
-    "score_reference": ("prepare",),
-    "sweep": ("score_reference",),
-    "train": ("score_reference", "sweep"),
-    "evaluate": ("score_reference", "train"),
-    "register": ("train", "evaluate"),
+    "sft": ("prepare",),
+    "score_reference": ("sft", "prepare"),
+    "sweep": ("sft", "score_reference"),
+    "train": ("sft", "score_reference", "sweep"),
+    "evaluate": ("sft", "score_reference", "train"),
+    "register": ("sft", "train", "evaluate"),
 }
-"""Every stage, in order, with the stages whose outputs it reads."""
+"""Every stage, in order, with the stages whose outputs it reads. From ``sft`` on they all start from its model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ def check_inputs(config: RunConfig) -> str:
     Raises:
         UserError: one of them is missing, unreadable, or the store cannot be written.
     """
+    from dpo_train.data.adapter import adapter_folder
     from dpo_train.data.folder import model_folder
     from dpo_train.data.sources import plan
     from dpo_train.stages.prepare_inputs import check_apart, data_digests
@@ -143,6 +145,8 @@ def check_inputs(config: RunConfig) -> str:
     for index, source in enumerate(config.prepare.all_sources):
         plan(source, index)
     model_folder(config.model.path)
+    if config.model.adapter is not None:
+        adapter_folder(config.model.adapter)
     digests = data_digests(config.prepare.all_sources)
     return "-".join(digests.values())
 
@@ -198,6 +202,31 @@ def stored(config: RunConfig, address: str) -> Artifact:
     return open_artifact(storage.join(config.store, address))
 
 
+def needed(stage: str, config: RunConfig) -> tuple[str, ...]:
+    """The stages that must come before: a stage run by itself does not ask for the output of an SFT that is off."""
+    return tuple(name for name in INPUTS[stage] if name != "sft" or config.sft.enabled)
+
+
+def with_sft_model(config: RunConfig, made: Artifact) -> RunConfig:
+    """The config whose model is the one that SFT has made, so that no later stage needs to know where it comes from.
+
+    Raises:
+        StoreError: the output says of itself that SFT was on, or off, unlike the config.
+    """
+    if made.record.details["enabled"] != config.sft.enabled:
+        raise StoreError(
+            f"{made.home} was made with another sft.enabled",
+            got=made.record.details["enabled"],
+            expected=config.sft.enabled,
+            fix="name the output of sft under this config, or run its stage again",
+        )
+    if not config.sft.enabled:
+        return config
+    from dpo_train.stages.sft import with_model_of
+
+    return with_model_of(made.home, config)
+
+
 def use_storage(config: RunConfig) -> None:
     """Makes the config's section on object storage this process's."""
     storage.use(storage.Options(**dataclasses.asdict(config.storage)))
@@ -227,7 +256,8 @@ def run_stage(
     start = time.perf_counter()
     use_storage(config)
     with store_lock(local_copy(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
-        artifact = _tracked(stage, config, inputs, run_id, output, events)
+        on = with_sft_model(config, inputs["sft"]) if "sft" in inputs else config
+        artifact = _tracked(stage, on, inputs, run_id, output, events)
         Reporter(str(events), stage).event(
             "end",
             address=artifact.address,
@@ -309,11 +339,13 @@ def summary(artifact: Artifact) -> str:
         splits = ", ".join(f"{counts[f'pairs/{split}']} {split}" for split in ("train", "validation", "heldout"))
         kept, unused = counts["kept_pairs"], counts["rejected"]
         return f"{counts['records']} records: {kept} pairs ({splits}), {unused} records not used"
+    if record.stage == "sft" and not details["enabled"]:
+        return "off"
     if record.stage == "score_reference":
         return f"{counts['pairs']} pairs, {counts['tokens']} tokens"
     if record.stage == "sweep":
         return f"{counts['trials']} trials, beta {details['beta']:g}" if counts["trials"] else "off"
-    if record.stage == "train":
+    if record.stage in {"sft", "train"}:
         return f"{counts['steps']} steps, loss {metrics['first_loss']:.4f} to {metrics['loss']:.4f}"
     if record.stage == "evaluate":
         low, high = metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]
@@ -334,6 +366,7 @@ def _call(
     executor = _executor(config)
     calls: dict[str, Callable[..., Artifact]] = {
         "prepare": functools.partial(stages.prepare, config, executor),
+        "sft": lambda **more: stages.sft(config, inputs["prepare"], executor, **more),
         "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], executor, **more),
         "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], executor, **more),
         "train": lambda **more: stages.train(

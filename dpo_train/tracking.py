@@ -29,6 +29,9 @@ FOLLOW_SECONDS = 2.0
 _BATCH = 1000  # MLflow's limit of metrics in one request
 _PARAMETERS = 100  # and of parameters
 
+TRAININGS = ("sft", "train")
+"""Stages whose steps are a run's curve; a sweep's are those of its trials."""
+
 FILES = ("report.html", "report.json", "trials.json", "rejections.jsonl")
 """Small files of an output that people want to see beside the run."""
 MOST_BYTES = 32 << 20
@@ -93,7 +96,8 @@ class Tracking:
         def follow() -> None:
             while True:
                 finished = stop.wait(FOLLOW_SECONDS)
-                lines = [e for e in follower.new() if e["stage"] == stage == "train" and e.get("unit") == "steps"]
+                mine = [e for e in follower.new() if e["stage"] == stage in TRAININGS]
+                lines = [e for e in mine if e.get("unit") == "steps"]
                 self.log_history(run_id, [{"step": e["done"] - 1, **e["metrics"]} for e in lines], logged)
                 if finished:
                     return

@@ -7,6 +7,7 @@ from components.prepare import prepare
 from components.register import register
 from components.resolve import resolve
 from components.score_reference import score_reference
+from components.sft import sft
 from components.sweep import sweep
 from components.train import train
 
@@ -23,6 +24,8 @@ def dpo(config: str, run_name: str = "dpo") -> None:
     run = resolve(config=config, run_name=run_name).set_caching_options(False)
     common = {"config": config, "run_id": run.outputs["run_id"]}
     pairs = prepare(**common, data_digest=run.outputs["data_digest"]).set_caching_options(False)
+    model = sft(**common, pairs=pairs.outputs["pairs"]).set_caching_options(False)
+    common["model"] = model.output
     scored = score_reference(**common, pairs=pairs.outputs["pairs"]).set_caching_options(False)
     choice = sweep(**common, scored=scored.output).set_caching_options(False)
     policy = train(**common, scored=scored.output, choice=choice.output).set_caching_options(False)

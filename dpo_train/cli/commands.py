@@ -63,6 +63,8 @@ def stage(arguments: argparse.Namespace) -> int:
         for name in launch.INPUTS
         if (path := getattr(arguments, f"from_{name}", None)) is not None
     }
+    if "sft" in given and not config.sft.enabled:
+        raise ConfigError("--sft names an output that nothing would read", got="sft.enabled=false", fix="leave it out")
 
     def work(display: Display) -> None:
         del display
@@ -74,11 +76,12 @@ def stage(arguments: argparse.Namespace) -> int:
 
 def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: str | None) -> Artifact:
     """The stage after everything it reads."""
-    for needed in launch.INPUTS[stage_name]:
+    names = launch.needed(stage_name, config)
+    for needed in names:
         if needed not in made:
             made[needed] = _make(needed, config, made, None)
     target = _absolute(output) if output else None
-    inputs = {name: made[name] for name in launch.INPUTS[stage_name]}
+    inputs = {name: made[name] for name in names}
     return launch.run_stage(stage_name, config, inputs, output=target)
 
 

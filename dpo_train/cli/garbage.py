@@ -42,7 +42,7 @@ def collect_garbage(store: Path, *, keep_runs: int | None, remove: bool) -> int:
 
 def _with_origins(store: Path, addresses: set[str]) -> set[str]:
     """The addresses and, through their records' inputs, all that they were made from."""
-    by_digest = {output.name: output for output in _outputs_in(store)}
+    by_digest = _by_digest(store)
     found: set[str] = set()
     waiting = [store / address for address in addresses]
     while waiting:
@@ -53,6 +53,16 @@ def _with_origins(store: Path, addresses: set[str]) -> set[str]:
         found.add(address)
         digests = open_artifact(output).record.inputs.values()
         waiting += [by_digest[digest] for digest in digests if digest in by_digest]
+    return found
+
+
+def _by_digest(store: Path) -> dict[str, Path]:
+    """Every output by what others name it by in their inputs; that is of an SFT the model that it made."""
+    found: dict[str, Path] = {}
+    for output in _outputs_in(store):
+        found[output.name] = output
+        if output.parent.name == "sft" and (output / RECORD_FILE).is_file():
+            found[open_artifact(output).record.details.get("model", output.name)] = output
     return found
 
 

@@ -11,7 +11,7 @@ from dpo_train.cli import commands
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
 
-  raw data -> prepare -> score-reference -> sweep -> train -> evaluate -> register
+  raw data -> prepare -> sft -> score-reference -> sweep -> train -> evaluate -> register
 """
 
 _EPILOG = """\
@@ -27,6 +27,7 @@ exit codes: 0 success; 1 the run failed; 2 a mistake in what was given; 3 comple
 
 STAGE_HELP = {
     "prepare": "raw data to validated, tokenised pairs",
+    "sft": "pairs to a model fine-tuned on the chosen answers, if sft.enabled",
     "score-reference": "pairs to pairs with the reference's log-probs",
     "sweep": "scored pairs to the beta to train with",
     "train": "scored pairs to a policy",
@@ -36,6 +37,7 @@ STAGE_HELP = {
 
 INPUT_OPTIONS = {
     "prepare": ("--pairs", "output folder of prepare"),
+    "sft": ("--sft", "output folder of sft"),
     "score_reference": ("--scored", "output folder of score-reference"),
     "sweep": ("--choice", "output folder of sweep"),
     "train": ("--policy", "output folder of train"),

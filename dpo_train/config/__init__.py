@@ -20,11 +20,12 @@ from dpo_train.config.run import (
     StorageConfig,
     TrackingConfig,
 )
-from dpo_train.config.training import LoraConfig, Loss, ModelConfig, SftConfig, SweepConfig, TrainConfig
+from dpo_train.config.training import FitConfig, LoraConfig, Loss, ModelConfig, SftConfig, SweepConfig, TrainConfig
 
 __all__ = [
     "ComputeConfig",
     "EvaluateConfig",
+    "FitConfig",
     "Format",
     "GateConfig",
     "LoraConfig",

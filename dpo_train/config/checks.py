@@ -7,7 +7,7 @@ import dataclasses
 from dpo_train import objective
 from dpo_train.config.data import PrepareConfig, SourceConfig
 from dpo_train.config.run import RunConfig
-from dpo_train.config.training import TrainConfig
+from dpo_train.config.training import FitConfig, TrainConfig
 from dpo_train.errors import ConfigError
 
 
@@ -16,7 +16,8 @@ def check(config: RunConfig, origin: str) -> None:
     prepare, train = config.prepare, config.train
     too_few = prepare.max_heldout_pairs is not None and prepare.max_heldout_pairs < config.evaluate.min_heldout_pairs
     wrong = {
-        "train.weight_decay has no meaning with rmsprop": train.weight_decay and train.optimizer != "adamw",
+        **_fit_mistakes(config, train),
+        **(_fit_mistakes(config, config.sft) if config.sft.enabled else {}),
         "prepare.heldout_fraction is 0, so there is nothing to evaluate on": not _may_hold(prepare, "heldout"),
         "prepare.heldout_fraction and prepare.validation_fraction leave nothing to train on": (
             prepare.heldout_fraction + prepare.validation_fraction >= 1
@@ -45,6 +46,12 @@ def check(config: RunConfig, origin: str) -> None:
         "either every source has a weight or none": (
             len({source.weight is None for source in prepare.sources if source.split in {None, "train"}}) > 1
         ),
+        "model.quantization needs whole weights on each worker, so compute.shard=on and compute.tensor_parallel do not "
+        "go with it": (
+            config.model.quantization is not None
+            and (config.compute.shard == "on" or config.compute.tensor_parallel > 1)
+        ),
+        **_tensor_parallel_mistakes(config),
         "prepare.chat_template and prepare.template_options have no meaning with prepare.template=plain": (
             prepare.template == "plain" and (prepare.chat_template is not None or prepare.template_options)
         ),
@@ -60,6 +67,36 @@ def check(config: RunConfig, origin: str) -> None:
     found = [f"train: {text}" for text in _objective_mistakes(train)] + [text for text, is_so in wrong.items() if is_so]
     if found:
         raise ConfigError(f"{origin} contradicts itself: {'; '.join(found)}")
+
+
+def _fit_mistakes(config: RunConfig, fit: FitConfig) -> dict[str, bool]:
+    """What every training may be told wrongly."""
+    name = fit.section
+    return {
+        f"{name}.weight_decay has no meaning with rmsprop": fit.weight_decay > 0 and fit.optimizer != "adamw",
+        f"{name}.frozen names modules of a full training, and {name}.lora trains none of them": (
+            bool(fit.frozen) and fit.lora is not None
+        ),
+        f"model.quantization is of a base under adapters, and without {name}.lora its weights would be trained": (
+            config.model.quantization is not None and fit.lora is None
+        ),
+        f"compute.tensor_parallel is for trainings of all weights, and with {name}.lora adapters are trained": (
+            config.compute.tensor_parallel > 1 and fit.lora is not None
+        ),
+    }
+
+
+def _tensor_parallel_mistakes(config: RunConfig) -> dict[str, bool]:
+    compute = config.compute
+    wrong = {
+        f"compute.tensor_parallel={compute.tensor_parallel} does not divide compute.workers={compute.workers}": (
+            compute.workers % compute.tensor_parallel != 0
+        ),
+        "compute.tensor_parallel shards weights, and compute.shard is off": compute.shard == "off",
+        "compute.tensor_parallel needs several workers, and compute.executor=local is one": compute.executor == "local",
+        "compute.tensor_parallel needs several workers, and each trial of a sweep is one": bool(config.sweep.betas),
+    }
+    return wrong if compute.tensor_parallel > 1 else {}
 
 
 def ranking_mistakes(train: TrainConfig) -> list[str]:
@@ -91,6 +128,7 @@ def _places(config: RunConfig) -> list[tuple[str, str, bool]]:
     places = [
         ("store", config.store, ("s3",)),
         *(("prepare", s.path, ("s3", "hf")) for s in config.prepare.all_sources),
+        *(("model.adapter", path, ("s3",)) for path in (config.model.adapter,) if path is not None),
     ]
     return [(where, path, "://" in path and path.split("://")[0] not in kinds) for where, path, kinds in places]
 

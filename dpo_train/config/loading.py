@@ -75,7 +75,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     return replace(
         config,
         store=_absolute_path(config.store.rstrip("/") or "/"),
-        model=replace(config.model, path=model_path),
+        model=replace(config.model, path=model_path, adapter=_absolute_or_none(config.model.adapter)),
         prepare=prepare,
         storage=replace(config.storage, cache=_absolute_or_none(config.storage.cache)),
     )

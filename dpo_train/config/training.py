@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from annotated_types import Ge, Le, Len, Lt
 
@@ -51,6 +51,7 @@ class TrainConfig:
     """scored pairs -> policy"""
 
     __pydantic_config__ = STRICT
+    section: ClassVar = "train"
 
     loss: Loss | Annotated[dict[Loss, Positive], Len(1)] = option(
         "sigmoid", "preference loss (docs/losses.md), or several with their weights: {sigmoid: 1.0, sft: 0.1}"
@@ -107,6 +108,11 @@ class SftConfig:
     """chosen answers -> the model that is aligned, where there is no SFT model yet (the paper's Preferred-FT)"""
 
     __pydantic_config__ = STRICT
+    section: ClassVar = "sft"
+    # What the training's loop asks of both kinds, and nobody can choose here.
+    keep: ClassVar[Literal["last"]] = "last"
+    best_metric: ClassVar[Literal["loss"]] = "loss"
+    patience: ClassVar[None] = None
 
     enabled: bool = option(False, "fine-tune the model on the chosen answers first; what comes of it is the reference")
     learning_rate: Positive = option(1e-5, "peak learning rate; about 1e-5 for full fine-tuning, 1e-4 for LoRA")
@@ -123,6 +129,10 @@ class SftConfig:
     evaluate_steps: Count = option(50, "measure the validation pairs every so many steps, and at the end")
     lora: LoraConfig | None = option(None, "train adapters, which are merged at the end; null: all weights")
     frozen: tuple[str, ...] = option((), "as in train")
+
+
+FitConfig: TypeAlias = TrainConfig | SftConfig
+"""A training of either kind: the loop, the optimiser and the checkpoints read what both have."""
 
 
 @dataclass(frozen=True, kw_only=True)

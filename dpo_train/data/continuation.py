@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_train.errors import ModelError
 
@@ -31,8 +30,7 @@ PROBES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """How the text before an answer ends: ``lead`` is read with the answer, then ``drop`` tokens are taken off."""
 
     lead: str = ""

@@ -104,6 +104,11 @@ class TokenPair:
         others = sum(map(len, self.other_ids)) if self.other_ids else 0
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids) + others
 
+    @property
+    def chosen_alone(self) -> TokenPair:
+        """The pair without its other answers and without a reference: rows of such pairs hold no rejected token."""
+        return TokenPair(self.pair_id, self.prompt_ids, self.chosen_ids, self.rejected_ids[:0])
+
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("extra", pa.string())]))
 _ANSWERS = pa.list_(pa.struct([("content", pa.string()), ("extra", pa.string())]))

@@ -119,9 +119,9 @@ class Split:
         """All of it at once: for splits that are known to be small, and single columns."""
         return pa.concat_tables(self.tables(columns))
 
-    def pairs(self) -> PairSequence:
-        """Random access to all pairs."""
-        return PairSequence([self._tokens(shard) for shard in self.shards])
+    def pairs(self, *, chosen_alone: bool = False) -> PairSequence:
+        """Random access to all pairs, or to their prompts and chosen answers alone."""
+        return PairSequence([self._tokens(shard) for shard in self.shards], chosen_alone=chosen_alone)
 
     def _tokens(self, shard: Shard) -> pa.Table:
         """What scoring and training read of a shard: held if the split is small, else mapped from a file."""
@@ -182,7 +182,8 @@ def _lay_out(source: Path, target: Path) -> None:
 class PairSequence(Sequence[TokenPair]):
     """Token pairs of several tables as one sequence; a pair is made when it is asked for."""
 
-    def __init__(self, tables: Sequence[pa.Table]) -> None:
+    def __init__(self, tables: Sequence[pa.Table], *, chosen_alone: bool = False) -> None:
+        self._chosen_alone = chosen_alone
         self._tables = [_without_empty_columns(table) for table in tables if len(table)]
         self._ends = np.cumsum([len(table) for table in self._tables], dtype=np.int64)
 
@@ -201,7 +202,8 @@ class PairSequence(Sequence[TokenPair]):
         place = index % len(self)
         number = int(np.searchsorted(self._ends, place, side="right"))
         table = self._tables[number]
-        return token_pairs(table.slice(place - int(self._ends[number]) + len(table), 1))[0]
+        pair = token_pairs(table.slice(place - int(self._ends[number]) + len(table), 1))[0]
+        return pair.chosen_alone if self._chosen_alone else pair
 
     @cached_property
     def ids_digest(self) -> str:

@@ -259,7 +259,7 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def _renderer(tokenizer: Any, options: TokenOptions) -> Render:
     """apply_chat_template's own rendering, with all that is the same for every pair looked up once."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
     own = options.chat_template
     if own is None and not tokenizer.chat_template:
@@ -273,6 +273,15 @@ def _renderer(tokenizer: Any, options: TokenOptions) -> Render:
     def render(turns: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         # A tokenizer may have one template for conversations with tools and one for those without.
         template = templates[0] if len(templates) == 1 else tokenizer.get_chat_template(None, tools)
+        if tools is None and all(turn.keys() == _SAID for turn in turns):
+            # Where turns are two texts each, render_jinja_template adds nothing: 21 microseconds without it, 31 with.
+            given = {
+                "messages": turns,
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            return str(_compile_jinja_template(template).render(**given, **variables))
         _check_shown(template, turns, tools)
         (text,), _ = render_jinja_template(
             [turns], tools, chat_template=template, add_generation_prompt=add_generation_prompt, **variables
@@ -293,6 +302,7 @@ def _check_shown(template: str, turns: Sequence[Mapping[str, Any]], tools: list[
         raise ValueError(f"the chat template does not read {', '.join(unread)}; see prepare.chat_template")
 
 
+_SAID = {"role", "content"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Templates leave the thoughts of earlier turns out; those of the answer are part of it."""
 

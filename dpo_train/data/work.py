@@ -167,7 +167,7 @@ class PrepareBlock:
     def _row(self, found: Encoded, split: str | None) -> dict[str, Any]:
         section, pair, encoded = self._recipe.section, found.pair, found.result
         row: dict[str, Any] = {
-            "pair_id": pair.pair_id,
+            "pair_id": pair.pair_id if isinstance(encoded, Rejection) else encoded.tokens.pair_id,
             "answers_hash": None if pair.others else _answers_hash(pair),
             "group": pair.group,
             "split": split

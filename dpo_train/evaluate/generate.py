@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 
 from dpo_train.config import ModelConfig
-from dpo_train.data.folder import model_folder
+from dpo_train.data.folder import ADAPTER_FOLDER, model_folder
 from dpo_train.data.pairs import Ids
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.model.forward import autocast
-from dpo_train.model.load import ADAPTER_FOLDER, Policy, load_policy, select_device
+from dpo_train.model.load import Policy, load_policy, select_device
 
 ANSWERS_SCHEMA = pa.schema([("pair_id", pa.string()), ("model", pa.string()), ("answer", pa.string())])
 

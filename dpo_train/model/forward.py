@@ -34,15 +34,19 @@ class PackedForward(nn.Module):
         super().__init__()
         self.model = model
         self._layout, self._device = layout, device
+        self.static_tokens: int | None = None
+        """Rows are padded to multiples of this, for layers that are compiled."""
 
     def forward(self, row: Row, *, with_squares: bool, with_router: bool) -> RowLogps:
         layout, head = self._layout, self.model.get_output_embeddings()
+        num_tokens = len(row.input_ids_T)
+        row = row if self.static_tokens is None else row.padded(self.static_tokens)
         experts = layout.experts if with_router else None
         with autocast(self._device):
             outputs = self.model.get_decoder()(
                 input_ids=row.input_ids_T[None],
                 position_ids=row.positions_T[None],
-                attention_mask=layout.masks(row.pair_T, row.part_T, row.positions_T),
+                attention_mask=layout.masks(row),
                 use_cache=False,
                 **({"output_router_logits": True} if experts else {}),
             )
@@ -50,7 +54,8 @@ class PackedForward(nn.Module):
             logits: dict[str, Any] = {"bias_V": head.bias, "transform": layout.transform}
             token_logps_A = token_logprobs(hidden_AD, head.weight, row.target_A, **logits)
             squares_A = log_sum_squares(hidden_AD, head.weight, **logits) if with_squares else None
-        router = router_sums(outputs.router_logits, experts.top_k) if experts else None
+        # Padding chooses experts as well, and is nobody's token.
+        router = router_sums([each[:num_tokens] for each in outputs.router_logits], experts.top_k) if experts else None
         return RowLogps(token_logps_A, squares_A, router)
 
 

@@ -6,17 +6,17 @@ of which that is not known is refused by name; what this file cannot see, ``scor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpo_train.core.attention import additive, shared_prompt_mask
 from dpo_train.core.logprobs import LogitTransform
 from dpo_train.errors import ModelError
+from dpo_train.model.attention import NAME, block_mask, lengths_table
+from dpo_train.model.rows import Row
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -38,23 +38,22 @@ class Layout:
     """Positions that a sliding layer sees."""
     by_layer_type: bool
     """Layers differ, and the decoder takes a mask for each type."""
-    additive: bool
-    """Its attention adds masks to scores (eager) and does not take booleans."""
+    own_attention: bool
+    """It keeps an attention of its own (eager), which adds dense masks to scores."""
     transform: LogitTransform
     experts: Experts | None
 
-    def masks(self, pair_T: Tensor, part_T: Tensor, positions_T: Tensor) -> Tensor | Mapping[str, Tensor]:
-        """What the decoder takes as ``attention_mask``."""
+    def masks(self, row: Row) -> Any:
+        """What the decoder takes as ``attention_mask``: a mask, or one for each type of layer."""
         if self.by_layer_type:
-            return {
-                FULL: self._mask(pair_T, part_T, positions_T, None),
-                SLIDING: self._mask(pair_T, part_T, positions_T, self.window),
-            }
-        return self._mask(pair_T, part_T, positions_T, self.window)
+            return {FULL: self._mask(row, None), SLIDING: self._mask(row, self.window)}
+        return self._mask(row, self.window)
 
-    def _mask(self, pair_T: Tensor, part_T: Tensor, positions_T: Tensor, window: int | None) -> Tensor:
-        mask = shared_prompt_mask(pair_T, part_T, positions_T, window=window)
-        return additive(mask, torch.float32) if self.additive else mask
+    def _mask(self, row: Row, window: int | None) -> Any:
+        if self.own_attention:
+            mask = shared_prompt_mask(row.pair_T, row.part_T, row.positions_T, window=window)
+            return additive(mask, torch.float32)
+        return block_mask(row, window) if row.pair_T.device.type == "cuda" else lengths_table(row, window)
 
 
 def layout_of(model: Any, folder: Path) -> Layout:
@@ -77,7 +76,7 @@ def layout_of(model: Any, folder: Path) -> Layout:
     return Layout(
         window=window,
         by_layer_type=window is not None and bool(layer_types),
-        additive=config._attn_implementation == "eager",
+        own_attention=config._attn_implementation != NAME,
         transform=LogitTransform(scale=scale / (getattr(config, "logits_scaling", None) or 1.0), cap=cap),
         experts=_experts(config),
     )

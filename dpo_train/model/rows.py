@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_train.core.attention import CHOSEN, PROMPT
@@ -35,6 +36,7 @@ class Row:
     part_A: Tensor
     place_A: Tensor
     """Of the token within its answer, from 0."""
+    prompt_lengths_P: Tensor
     lengths_PK: Tensor
     """Tokens of each answer, best first; 0 where a pair has fewer answers."""
     reference_A: Tensor | None
@@ -53,6 +55,12 @@ class Row:
         """The row on a device; copies do not wait for each other."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None})
+
+    def padded(self, multiple: int) -> Row:
+        """The row with padding behind it, up to a multiple of so many tokens. Answers stay where they are."""
+        missing = -len(self.input_ids_T) % multiple
+        values = {"input_ids_T": 0, "positions_T": 0, "pair_T": -1, "part_T": PROMPT}
+        return replace(self, **{name: F.pad(getattr(self, name), (0, missing), value=v) for name, v in values.items()})
 
     def answer_sums(self, values_A: Tensor) -> Tensor:
         """Sum over the tokens of each answer: [P, K], chosen, rejected and the others; 0 where there is no answer."""
@@ -85,7 +93,7 @@ def build_row(pairs: Sequence[TokenPair]) -> Row:
             columns["part"].append(np.full(len(ids), part))
             if part != PROMPT:
                 source = np.arange(start - 1, start + len(ids) - 1)
-                source[0] = last_prompt_token
+                source[:1] = last_prompt_token  # an answer that is not there has no first token
                 answers["source"].append(source)
                 answers["target"].append(ids)
                 answers["pair"].append(np.full(len(ids), index))
@@ -102,6 +110,7 @@ def build_row(pairs: Sequence[TokenPair]) -> Row:
         pair_A=_tensor(answers["pair"]),
         part_A=_tensor(answers["part"]),
         place_A=_tensor(answers["place"]),
+        prompt_lengths_P=torch.tensor([len(pair.prompt_ids) for pair in pairs]),
         lengths_PK=_lengths(pairs),
         reference_A=_reference(pairs),
     )

@@ -17,18 +17,19 @@ from dpo_train.errors import ConfigError, DataError, ModelError
 SIDES = ("chosen", "rejected")
 
 
-def check_rows(pairs: pa.Table, row_tokens: int, option: str) -> None:
-    """A pair cannot be cut in two: the longest must fit into a row.
+def check_rows(pairs: pa.Table, row_tokens: int, option: str, *, chosen_alone: bool = False) -> None:
+    """A pair cannot be cut in two: the longest must fit into a row, with all its answers or the chosen one alone.
 
     Raises:
         ConfigError: it does not; the message names the pair and both lengths.
     """
-    sizes = lengths(pairs)
+    sizes = lengths(pairs, "prompt", "chosen") if chosen_alone else lengths(pairs)
+    answers = "chosen answer" if chosen_alone else "all answers"
     if len(pairs) and (longest := int(sizes.max())) > row_tokens:
         pair_id = pairs["pair_id"][int(sizes.argmax())].as_py()
         raise ConfigError(
             "A pair is longer than a row",
-            got=f"pair {pair_id} with {longest} tokens (prompt and all answers), {option}={row_tokens}",
+            got=f"pair {pair_id} with {longest} tokens (prompt and {answers}), {option}={row_tokens}",
             fix=f"set {option} to {longest} or more, or lower prepare.max_prompt_tokens or prepare.max_answer_tokens",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary, identity, produce
 from dpo_train.config import RunConfig
+from dpo_train.data.adapter import adapter_digest, adapter_folder, check_shape
 from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.errors import ConfigError, StoreError
 
@@ -52,10 +54,27 @@ def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
         ConfigError: the pairs were scored by another.
     """
     if scored.record.inputs.get("model") != digest:
+        model = config.model
+        options = {"model.adapter": model.adapter, "model.quantization": model.quantization}
         raise ConfigError(
-            f"The pairs in {scored.home} were scored by another model than {config.model.path}",
+            f"The pairs in {scored.home} were scored by another model than {model.path}"
+            + "".join(f", {name}={value}" for name, value in options.items() if value is not None),
             fix="run score-reference with this model, or name the model that scored them",
         )
+
+
+def check_adapter(config: RunConfig) -> None:
+    """The adapter that the model has is trained as it is: what the config says of it must not be something else.
+
+    Raises:
+        ModelError: it cannot be trained on.
+        ConfigError: ``train.lora`` says otherwise.
+    """
+    if config.model.adapter is None:
+        return
+    folder = adapter_folder(config.model.adapter)
+    if config.train.lora is not None:
+        check_shape(folder, config.train.lora)
 
 
 def compute_dtype(config: RunConfig) -> str:
@@ -74,8 +93,14 @@ def compute_dtype(config: RunConfig) -> str:
 
 
 def model_digest(config: RunConfig) -> str:
-    """Digest of the base model's folder."""
-    return weights_digest(model_folder(config.model.path))
+    """Digest of the model before its training, which is the reference: its folder, its adapter, its 4-bit numbers."""
+    model = config.model
+    parts = [weights_digest(model_folder(model.path))]
+    if model.adapter is not None:
+        parts.append(f"adapter {adapter_digest(adapter_folder(model.adapter))}")
+    if model.quantization is not None:
+        parts.append(f"quantization {model.quantization}")
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def storage_options(config: RunConfig) -> storage.Options:

@@ -59,6 +59,8 @@ REJECTIONS_FILE = "rejections.jsonl"
 WANTED_TASKS, MOST_TASK_BYTES, MOST_TASK_BLOCKS = 64, 8 << 20, 512
 """Raw bytes of a task: small enough for a moving progress bar, large enough for few parts."""
 MOST_OPEN_FILES = 200
+MOST_BUCKETS_NEAR = 16
+"""So many are decided in this process, one at a time: workers take 5 s to start, and a bucket 0.2 s."""
 SAMPLE_RECORDS = 64
 """Records by which a source's format is recognised."""
 
@@ -114,8 +116,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
         buckets = _read(config, recipe, blocks, executor, reporter)
         if data_digests(sources) != digests:
             raise DataError("The data changed while they were read", fix="run again when nothing writes to them")
-        # Starting workers takes longer than deciding one bucket.
-        near = InProcess() if buckets.count == 1 else executor
+        near = InProcess() if buckets.count <= MOST_BUCKETS_NEAR else executor
         limits = _limits(config, buckets, near)
         labels = [label(source) for source in sources]
         finished = _finish(buckets, recipe, limits, labels, near, reporter)

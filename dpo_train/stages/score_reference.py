@@ -30,7 +30,7 @@ from dpo_train.data.pairs import SCORE_NAMES, SCORED_SCHEMA, SPLITS
 from dpo_train.data.shards import SHARDS_FILE, TOKENS, Shard, Split, lengths, manifest, read_shard, write_shard
 from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_model_reads, check_rows
-from dpo_train.stages.common import compute_dtype, make, model_digest, storage_options
+from dpo_train.stages.common import check_adapter, compute_dtype, make, model_digest, storage_options
 from dpo_train.stages.executor import Executor, TableFunction
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def score_reference(
     The identity covers the pairs (hence tokenizer, template and truncation), the weights, the layout of rows and the
     dtype of the computation: every beta, epoch and retry reads the same scores, and a stale one is never read.
     """
+    check_adapter(config)
     content = {**to_dict(config.score), "compute_dtype": compute_dtype(config)}
     inputs = {"pairs": pairs.record.digest, "model": model_digest(config)}
     reference = reference_digest(config, pairs, inputs["model"])

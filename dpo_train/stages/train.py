@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, Output, Summary, discard, mirror
-from dpo_train.config import RunConfig, to_dict
+from dpo_train.config import FitConfig, RunConfig, to_dict
 from dpo_train.data.shards import TOKENS, Split
 from dpo_train.errors import ConfigError, StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
@@ -46,6 +48,7 @@ def train(
     inputs = {"scored": scored.record.digest, "model": model_digest(config)}
 
     check_same_model(config, inputs["model"], scored)
+    told = reporter or Reporter.from_environment("train")
 
     def body(out: Output) -> Summary:
         splits = {name: Split(scored, name) for name in ("train", "validation")}
@@ -59,24 +62,9 @@ def train(
                 "There are no validation pairs for train.keep=best and train.patience to look at",
                 fix="raise prepare.validation_fraction, or leave both out",
             )
-        executor.train(
-            TrainJob(
-                model=config.model,
-                device=config.compute.device,
-                config=section,
-                seed=config.seed,
-                origin={"config": content, "inputs": inputs},
-                scored=scored.home,
-                output=out.home,
-                storage=storage_options(config),
-                shard=config.compute.shard == "on" or (config.compute.shard == "auto" and section.lora is None),
-                reporter=reporter or Reporter.from_environment("train"),
-            )
-        )
-        out.adopt_noted(POLICY_NOTE)
-        history = read_history(mirror(out.home).fetch(METRICS_FILE, size=out.files().get(METRICS_FILE)))
-        if not history or [line["step"] for line in history] != list(range(len(history))):
-            raise StoreError(f"{out.path / METRICS_FILE} lacks steps", fix=f"remove {out.path} and run again")
+        origin = {"config": content, "inputs": inputs}
+        job = training_job(config, section, scored, out, origin=origin, reporter=told)
+        history = run_training(executor, job, out)
         kept = kept_line(history, section)
         metrics = {name: value for name, value in kept.items() if name != "step"}
         return Summary(
@@ -86,7 +74,52 @@ def train(
         )
 
     artifact = make(config, "train", content, inputs, body, output=output, resumable=True, scratch=(CHECKPOINT_FOLDER,))
-    # Only now: killed before its record was written, a finished training must not begin anew.
-    if not (artifact.reused and storage.is_remote(artifact.home)):
-        discard(artifact.home, CHECKPOINT_FOLDER, tell=(reporter or Reporter.from_environment("train")).message)
+    discard_checkpoints(artifact, told)
     return artifact
+
+
+def training_job(
+    config: RunConfig,
+    section: FitConfig,
+    pairs: Artifact,
+    out: Output,
+    *,
+    origin: Mapping[str, Any],
+    reporter: Reporter,
+) -> TrainJob:
+    """What the ranks of a training of either kind are told."""
+    return TrainJob(
+        model=config.model,
+        device=config.compute.device,
+        config=section,
+        seed=config.seed,
+        origin=origin,
+        pairs=pairs.home,
+        output=out.home,
+        storage=storage_options(config),
+        shard=config.compute.shard == "on" or (config.compute.shard == "auto" and section.lora is None),
+        tensor_parallel=config.compute.tensor_parallel,
+        activation_checkpointing=config.compute.activation_checkpointing,
+        compile=config.compute.compile,
+        reporter=reporter,
+    )
+
+
+def run_training(executor: Executor, job: TrainJob, out: Output) -> list[dict[str, float]]:
+    """Trains to the end, and returns the history, one line per step.
+
+    Raises:
+        StoreError: lines are missing.
+    """
+    executor.train(job)
+    out.adopt_noted(POLICY_NOTE)
+    history = read_history(mirror(out.home).fetch(METRICS_FILE, size=out.files().get(METRICS_FILE)))
+    if not history or [line["step"] for line in history] != list(range(len(history))):
+        raise StoreError(f"{out.path / METRICS_FILE} lacks steps", fix=f"remove {out.path} and run again")
+    return history
+
+
+def discard_checkpoints(artifact: Artifact, reporter: Reporter) -> None:
+    """Only once the record is written: killed before that, a finished training must not begin anew."""
+    if not (artifact.reused and storage.is_remote(artifact.home)):
+        discard(artifact.home, CHECKPOINT_FOLDER, tell=reporter.message)

@@ -1,6 +1,6 @@
 """What a resume needs: parameters, optimiser state, random state and position, each rank its share.
 
-    checkpoints/step-00000050/shard-0-of-2.safetensors   parameters and optimiser state; its header says which rows
+    checkpoints/step-00000050/shard-0-of-2.safetensors   parameters and optimiser state; its header says which parts
                              /shard-1-of-2.safetensors
                              /training.json              written last: whose checkpoint, and where the training stands
                              /metrics.jsonl              at s3:// only: the history up to here
@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from dpo_train.artifacts import differences, local_copy, mirror
 from dpo_train.errors import LostPeerError, ModelError, StoreError
 from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.model.load import Policy
-from dpo_train.model.shard import like, local, local_start
+from dpo_train.model.shard import TENSOR, box, is_cut, like, local
 from dpo_train.train.job import CHECKPOINT_FOLDER
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.state import TrainingState
@@ -41,6 +41,9 @@ STATE_FILE = "training.json"
 PARTIAL = ".partial"
 RANDOM = "random"
 WRITER = "dpo-checkpoint"
+
+Bounds = list[tuple[int, int]]
+"""Of each dimension where a part of a tensor begins, and where it ends."""
 
 
 class Checkpoints:
@@ -126,9 +129,9 @@ class Checkpoints:
         self._ranks.barrier()
         self._partial(target).mkdir(parents=True, exist_ok=True)  # each rank: it may have a disk of its own
         shard = self._partial(target) / f"shard-{self._shard}.safetensors"
-        tensors, rows = self._snapshot() if self._writes else ({}, {})
+        tensors, boxes = self._snapshot() if self._writes else ({}, {})
         upload_to = self._away(target, shard.name) if self._mirror.is_remote else None
-        self._pending = state, _Writer(shard if self._writes else None, tensors, rows, upload_to)
+        self._pending = state, _Writer(shard if self._writes else None, tensors, boxes, upload_to)
         if wait:
             self.finish()
 
@@ -208,20 +211,20 @@ class Checkpoints:
         state.unlink(missing_ok=True)
         shutil.rmtree(folder)
 
-    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, list[int] | None]]:
-        """Copies of this rank's share on the CPU, and which rows of the whole each one is; None: all of it."""
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Bounds | None]]:
+        """Copies of this rank's share on the CPU, and which part of the whole each one is; None: all of it."""
         tensors: dict[str, Tensor] = {RANDOM: torch.get_rng_state()}
-        rows: dict[str, list[int] | None] = {RANDOM: None}
+        boxes: dict[str, Bounds | None] = {RANDOM: None}
         for name, tensor in self._everything():
             share = local(tensor)
             whole = share is tensor
-            if whole and not self._ranks.is_first:
+            # What several ranks hold, one of them writes.
+            if not (self._ranks.is_first if whole else self._ranks.is_first_of_share or is_cut(tensor, TENSOR)):
                 continue
-            start = local_start(tensor)
             # A copy, on CPUs too: training goes on while it is written.
             tensors[name] = share.detach().to("cpu", copy=True).contiguous()
-            rows[name] = None if whole else [start, start + len(share)]
-        return tensors, rows
+            boxes[name] = None if whole else [(part.start, part.stop) for part in box(tensor)]
+        return tensors, boxes
 
     def _everything(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._policy.trainable().items():
@@ -258,12 +261,12 @@ class _Writer:
         self,
         path: Path | None,
         tensors: dict[str, Tensor],
-        rows: Mapping[str, list[int] | None],
+        boxes: Mapping[str, Bounds | None],
         upload_to: str | None = None,
     ) -> None:
         self.error: BaseException | None = None
         self._upload_to = upload_to
-        self._thread = threading.Thread(target=self._write, args=(path, tensors, rows), name=WRITER)
+        self._thread = threading.Thread(target=self._write, args=(path, tensors, boxes), name=WRITER)
         self._thread.start()
 
     @property
@@ -273,11 +276,11 @@ class _Writer:
     def join(self) -> None:
         self._thread.join()
 
-    def _write(self, path: Path | None, tensors: dict[str, Tensor], rows: Mapping[str, list[int] | None]) -> None:
+    def _write(self, path: Path | None, tensors: dict[str, Tensor], boxes: Mapping[str, Bounds | None]) -> None:
         if path is None:
             return
         try:
-            save_file(tensors, path, metadata={"rows": json.dumps(rows)})
+            save_file(tensors, path, metadata={"boxes": json.dumps(boxes)})
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             if self._upload_to is not None:
@@ -291,33 +294,44 @@ class _Shards(ExitStack):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        # By number: as text, shard 10 would come before shard 2, and rows would be put together in that order.
-        paths = sorted(folder.glob("shard-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
+        self._folder = folder
+        paths = sorted(folder.glob("shard-*.safetensors"))
         self._files = [self.enter_context(safe_open(path, "pt")) for path in paths]
-        self._rows = [json.loads(file.metadata()["rows"]) for file in self._files]
-        self.names = {name for rows in self._rows for name in rows}
+        self._boxes: list[dict[str, Bounds | None]] = [json.loads(file.metadata()["boxes"]) for file in self._files]
+        self.names = {name for boxes in self._boxes for name in boxes}
 
     def is_scalar(self, name: str) -> bool:
-        file = next(file for file, rows in zip(self._files, self._rows, strict=True) if name in rows)
+        file = next(file for file, boxes in zip(self._files, self._boxes, strict=True) if name in boxes)
         return not file.get_slice(name).get_shape()
 
     def read(self, name: str) -> Tensor:
         """A tensor that is whole in some shard."""
-        file = next(file for file, rows in zip(self._files, self._rows, strict=True) if name in rows)
+        file = next(file for file, boxes in zip(self._files, self._boxes, strict=True) if name in boxes)
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def read_like(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows that this rank's share of ``tensor`` has."""
-        first, last = local_start(tensor), local_start(tensor) + len(local(tensor))
-        pieces = []
-        for file, rows in zip(self._files, self._rows, strict=True):
-            if name in rows:
-                start, stop = rows[name] or (0, len(tensor))
-                low, high = max(first, start), min(last, stop)
-                if low < high:
-                    pieces.append(file.get_slice(name)[low - start : high - start])
-        return torch.cat(pieces) if pieces else local(tensor).new_empty((0, *tensor.shape[1:]))
+        """The part that this rank's share of ``tensor`` is, on the CPU."""
+        wanted = box(tensor)
+        found = torch.empty([part.stop - part.start for part in wanted], dtype=tensor.dtype)
+        missing = found.numel()
+        for file, boxes in zip(self._files, self._boxes, strict=True):
+            if name not in boxes:
+                continue
+            has = [slice(*bounds) for bounds in boxes[name] or [(0, size) for size in tensor.shape]]
+            both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(wanted, has, strict=True)]
+            if all(part.start < part.stop for part in both):
+                part = file.get_slice(name)[_within(both, has) or ...]
+                found[_within(both, wanted)] = part
+                missing -= part.numel()
+        if missing:
+            raise StoreError(f"{self._folder} lacks {missing} numbers of {name}", fix=f"remove {self._folder}")
+        return found
+
+
+def _within(parts: Sequence[slice], whole: Sequence[slice]) -> tuple[slice, ...]:
+    """Where a part is, counted from the beginning of another that holds it."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(parts, whole, strict=True))
 
 
 def _shard_names(content: Mapping[str, Any]) -> list[str]:

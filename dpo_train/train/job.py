@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dpo_train import storage
-from dpo_train.config import ModelConfig, TrainConfig
+from dpo_train.config import FitConfig, ModelConfig
 from dpo_train.progress import Reporter
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -21,13 +21,17 @@ class TrainJob:
 
     model: ModelConfig
     device: str
-    config: TrainConfig
+    config: FitConfig
+    """Its kind says what is trained: DPO on scored pairs, or SFT on chosen answers."""
     seed: int
     origin: Mapping[str, Any]
     """What makes this training this one: config and inputs, by which a checkpoint is known."""
-    scored: str
+    pairs: str
     output: str
-    """Where the scored pairs lie and the training belongs: folders, or s3://."""
+    """Where the pairs lie and the training belongs: folders, or s3://."""
     shard: bool
+    tensor_parallel: int = 1
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"
+    compile: Literal["auto", "on", "off"] = "auto"
     reporter: Reporter
     storage: storage.Options = field(default_factory=storage.Options)

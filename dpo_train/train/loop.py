@@ -7,36 +7,62 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from dpo_train.artifacts import local_copy
-from dpo_train.config import TrainConfig
-from dpo_train.core.metrics import means
+from dpo_train.config import FitConfig, SftConfig
 from dpo_train.data.batches import num_steps, step_pairs
 from dpo_train.data.pairs import TokenPair
 from dpo_train.data.shards import PairSequence
-from dpo_train.errors import NonFiniteLossError, PreemptedError, RunError
+from dpo_train.errors import NonFiniteLossError, PreemptedError
 from dpo_train.metrics_file import METRICS_FILE, History
 from dpo_train.model.load import Policy
 from dpo_train.train.checkpoint import Checkpoints
+from dpo_train.train.dpo import Dpo
 from dpo_train.train.optimizer import build_optimizer, learning_rate
 from dpo_train.train.ranks import Ranks
+from dpo_train.train.sft import Sft
 from dpo_train.train.speed import Speed
 from dpo_train.train.state import VALIDATION, TrainingState
-from dpo_train.train.step import evaluate_pairs, train_step
 
-FIRST_DRIFT_TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
-"""Of an answer's mean log-prob, plus as many nats. Measured in fp32: 4e-7. Other packings in bf16: 4e-4."""
 
-COLLAPSE = 0.25
-"""Share of the reference's log-prob by which the chosen answers may fall before a person is told."""
+class Method(Protocol):
+    """What a training does with its pairs: ``dpo.Dpo`` or ``sft.Sft``. All ranks call each method with the same pairs.
+
+    Metrics are means over all of them, with a ``loss`` among them, and the same on every rank.
+    """
+
+    def step(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        pairs: Sequence[TokenPair],
+        ranks: Ranks,
+        *,
+        step: int,
+        learning_rate: float,
+    ) -> dict[str, float]:
+        """Updates the policy on one batch, and says what it was like before."""
+
+    def evaluate(self, policy: Policy, pairs: Sequence[TokenPair], ranks: Ranks) -> dict[str, float]:
+        """The same without an update."""
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        """What a person should be told about a step, once in a training."""
+
+
+def method_of(config: FitConfig) -> Method:
+    """The config's kind says what its steps are."""
+    return Sft(config) if isinstance(config, SftConfig) else Dpo(config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What a training needs besides the policy: data, cadence, and where its state goes."""
 
-    config: TrainConfig
+    config: FitConfig
     train_pairs: Sequence[TokenPair]
     validation_pairs: Sequence[TokenPair]
     seed: int
@@ -83,10 +109,10 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite.
-        RunError: the policy does not start as its reference.
+        RunError: what the method finds at a step, such as a policy that does not start as its reference.
         PreemptedError: this machine is about to go; everything is saved.
     """
-    config, total = job.config, job.total_steps
+    config, total, method = job.config, job.total_steps, method_of(job.config)
     optimizer = build_optimizer(policy.trainable().values(), config)
     checkpoints = Checkpoints(job.home, job.origin, policy, optimizer, ranks)
     state = checkpoints.resume()
@@ -97,13 +123,9 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
         batch = job.batch(step)
         rate = learning_rate(config, step, total)
         with speed.step(batch):
-            result = train_step(policy, optimizer, batch, config, ranks, step=step, learning_rate=rate)
-        metrics = means(result.sums) | {"grad_norm": result.grad_norm, "learning_rate": rate} | speed.metrics()
-        if result.aux_loss is not None:
-            metrics["router/aux_loss"] = result.aux_loss
-        if step == 0:
-            _check_first_drift(metrics, policy.device.type)
-        state = _after_step(replace(state, step=step + 1), policy, job, ranks, metrics)
+            metrics = method.step(policy, optimizer, batch, ranks, step=step, learning_rate=rate)
+        metrics |= {"learning_rate": rate} | speed.metrics()
+        state = _after_step(replace(state, step=step + 1), policy, job, ranks, method, metrics)
         if history is not None:
             history.append(step, metrics)
             job.report(step + 1, total, "steps", **metrics)
@@ -114,26 +136,22 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
 
 
 def _after_step(
-    state: TrainingState, policy: Policy, job: Fit, ranks: Ranks, metrics: dict[str, float]
+    state: TrainingState, policy: Policy, job: Fit, ranks: Ranks, method: Method, metrics: dict[str, float]
 ) -> TrainingState:
-    """Measures the validation pairs if it is time to, and looks after the chosen answers."""
+    """Measures the validation pairs if it is time to, and tells a person what should be told."""
     config = job.config
     if job.validation_pairs and (state.step == job.total_steps or state.step % config.evaluate_steps == 0):
-        sums = evaluate_pairs(policy, job.validation_pairs, config, ranks)
-        metrics |= {VALIDATION + name: value for name, value in means(sums).items()}
+        measured = method.evaluate(policy, job.validation_pairs, ranks)
+        metrics |= {VALIDATION + name: value for name, value in measured.items()}
         if not math.isfinite(metrics[VALIDATION + "loss"]):
             raise NonFiniteLossError(
                 f"The loss on the validation pairs is not finite after {state.step} steps",
-                fix="lower train.learning_rate, or look at these pairs",
+                fix=f"lower {config.section}.learning_rate, or look at these pairs",
             )
         state = state.evaluated(state.step, metrics, config)
-    if not state.warned and _collapses(metrics):
+    if not state.warned and (warning := method.warning(metrics)) is not None:
         if ranks.is_first:
-            job.tell(
-                f"warning: the chosen answers' log-prob has fallen by {-metrics['drift/chosen']:.1f} nats "
-                f"(step {state.step}), more than a quarter: raise train.beta, lower train.learning_rate, or add an SFT "
-                "term, train.loss={sigmoid: 1.0, sft: 0.1}"
-            )
+            job.tell(f"warning (step {state.step}): {warning}")
         state = replace(state, warned=True)
     return state
 
@@ -155,24 +173,3 @@ def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks
             f"This machine is about to be taken away; the training is saved after {state.step} steps",
             fix="run the same command again",
         )
-
-
-def _collapses(metrics: Mapping[str, float]) -> bool:
-    reference = metrics["logps/chosen"] - metrics["drift/chosen"]
-    return metrics["drift/chosen"] < -COLLAPSE * abs(reference)
-
-
-def _check_first_drift(metrics: Mapping[str, float], device: str) -> None:
-    """Before the first update policy and reference are one: each side's mean log-ratio is zero.
-
-    The loss would be a worse measure: its distance from ln 2 grows with beta, noise included.
-    """
-    for side in ("chosen", "rejected"):
-        drift, logps = metrics[f"drift/{side}"], metrics[f"logps/{side}"]
-        if not abs(drift) <= FIRST_DRIFT_TOLERANCE[device] * (1 + abs(logps)):
-            raise RunError(
-                "The first step shows that the policy does not start as its reference",
-                got=f"a mean log-prob of {logps:.4f} for the {side} answers, {drift:.4f} off the reference's",
-                expected="no difference",
-                fix="score the reference again with these weights and this tokenizer",
-            )

@@ -100,8 +100,8 @@ def rows_of_rank(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int, ra
 
 
 def _rows_of_rank(policy: Policy, lengths: Sequence[int], row_tokens: int, ranks: Ranks) -> list[RankRow]:
-    everyone = rank_rows(lengths, row_tokens, ranks.world_size)
-    mine = [RankRow(row, True) for row in everyone[ranks.rank]]
+    everyone = rank_rows(lengths, row_tokens, ranks.num_shares)
+    mine = [RankRow(row, True) for row in everyone[ranks.share]]
     if policy.sharded:
         missing = max(map(len, everyone)) - len(mine)
         mine += [RankRow([lengths.index(min(lengths))], False)] * missing
@@ -149,7 +149,7 @@ def measure_all(
     reshard(policy)
     # Every entry is zero on all ranks but one: the sum is exact.
     ranks.sum(table)
-    router = _added(policy, routers, ranks) if with_router else None
+    router = added_routers(policy, routers, ranks) if with_router else None
     return Measured(*(part.squeeze(1) for part in torch.split(table, widths, dim=1))), router
 
 
@@ -169,7 +169,8 @@ def _answer_logps(row: Row, values_A: Tensor, config: TrainConfig) -> Tensor:
     return row.answer_sums(weighted_A)
 
 
-def _added(policy: Policy, routers: Sequence[RouterSums], ranks: Ranks) -> RouterSums | None:
+def added_routers(policy: Policy, routers: Sequence[RouterSums], ranks: Ranks) -> RouterSums | None:
+    """The sums of all rows and ranks; None if the policy has no experts."""
     experts = policy.layout.experts
     if experts is None:
         return None

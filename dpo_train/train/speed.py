@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dpo_train.config import TrainConfig
+from dpo_train.config import FitConfig
 from dpo_train.data.batches import rank_rows
 from dpo_train.data.pairs import TokenPair
 from dpo_train.model.load import Policy
@@ -25,7 +25,7 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362,
 class Speed:
     """Counts steps. All ranks call each method."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, policy: Policy, config: FitConfig, ranks: Ranks) -> None:
         self._policy, self._config, self._ranks = policy, config, ranks
         self._pairs = self._tokens = 0
         self._seconds = 0.0
@@ -39,7 +39,7 @@ class Speed:
         yield
         self._seconds += time.perf_counter() - start
         lengths = [pair.num_tokens for pair in pairs]
-        rows = sum(map(len, rank_rows(lengths, self._config.row_tokens, self._ranks.world_size)))
+        rows = sum(map(len, rank_rows(lengths, self._config.row_tokens, self._ranks.num_shares)))
         self._pairs += len(pairs)
         self._tokens += sum(lengths)
         self._fill = sum(lengths) / (rows * self._config.row_tokens)

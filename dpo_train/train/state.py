@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dpo_train.config import TrainConfig
+from dpo_train.config import FitConfig
 
 VALIDATION = "validation/"
 
@@ -21,21 +21,21 @@ class TrainingState:
     stale: int = 0
     """Evaluations since then."""
     warned: bool = False
-    """A person has been told that the chosen answers' log-probs collapse."""
+    """A person has been told what the method warns of."""
 
-    def evaluated(self, step: int, metrics: Mapping[str, float], config: TrainConfig) -> TrainingState:
+    def evaluated(self, step: int, metrics: Mapping[str, float], config: FitConfig) -> TrainingState:
         """After the validation pairs were measured; ``metrics`` has them under ``validation/``."""
         value = metrics[VALIDATION + config.best_metric]
         if self.best_value is None or _is_better(value, self.best_value, config.best_metric):
             return replace(self, best_step=step, best_value=value, stale=0)
         return replace(self, stale=self.stale + 1)
 
-    def is_over(self, total_steps: int, config: TrainConfig) -> bool:
+    def is_over(self, total_steps: int, config: FitConfig) -> bool:
         """All steps are done, or nothing has got better for too long."""
         return self.step >= total_steps or (config.patience is not None and self.stale >= config.patience)
 
 
-def kept_line(history: Sequence[Mapping[str, float]], config: TrainConfig) -> Mapping[str, float]:
+def kept_line(history: Sequence[Mapping[str, float]], config: FitConfig) -> Mapping[str, float]:
     """The line of ``metrics.jsonl`` of the weights that a training leaves: its last, or its best."""
     if config.keep == "last":
         return history[-1]

@@ -15,14 +15,12 @@ from torch import Tensor
 from dpo_train.config import TrainConfig
 from dpo_train.core.metrics import NAMES
 from dpo_train.core.router import RouterSums, aux_loss
-from dpo_train.data.batches import rank_rows
 from dpo_train.data.pairs import TokenPair
-from dpo_train.errors import NonFiniteLossError
 from dpo_train.model.load import Policy
-from dpo_train.model.shard import whole
 from dpo_train.objective import is_over_batch
-from dpo_train.train.measure import Measured, measure_all, measure_row, rows_of_rank
+from dpo_train.train.measure import measure_all, measure_row, rows_of_rank
 from dpo_train.train.ranks import Ranks
+from dpo_train.train.update import raise_non_finite, update
 
 
 class StepResult(NamedTuple):
@@ -52,7 +50,6 @@ def train_step(
     Raises:
         NonFiniteLossError: some pair's loss is NaN or infinite; nothing was updated.
     """
-    parameters = list(policy.trainable().values())
     optimizer.zero_grad(set_to_none=True)
     ahead = _look_ahead(policy, pairs, config, ranks)
     sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=policy.device)
@@ -62,20 +59,9 @@ def train_step(
         sums += row_sums * counts
     ranks.sum(sums)
     if not bool(torch.isfinite(sums[0])):
-        _raise_non_finite(policy, pairs, config, ranks, step)
-    if not policy.sharded:  # FSDP2 has added them during the backward passes
-        ranks.sum_gradients(parameters)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    if not bool(torch.isfinite(grad_norm)):
-        raise NonFiniteLossError(
-            f"The gradient is not finite at step {step}",
-            got=f"norm {float(grad_norm)}",
-            fix="lower train.learning_rate, or look at this step's pairs",
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    return StepResult(sums, float(grad_norm), None if ahead.router is None else float(aux_loss(*ahead.router)))
+        raise_non_finite(pairs, lambda pair: _is_finite(policy, pair, config), config, ranks, step=step)
+    grad_norm = update(policy, optimizer, config, ranks, step=step, learning_rate=learning_rate)
+    return StepResult(sums, grad_norm, None if ahead.router is None else float(aux_loss(*ahead.router)))
 
 
 @torch.no_grad()
@@ -139,22 +125,6 @@ def _row_loss(
     return loss, measured.sums(losses_P, config)
 
 
-@torch.no_grad()
-def _raise_non_finite(policy: Policy, pairs: Sequence[TokenPair], config: TrainConfig, ranks: Ranks, step: int) -> None:
-    """Finds the culprits pair by pair; only runs when a step has already failed.
-
-    Every rank measures every pair: sharded weights allow nothing else, and a failed run has the time.
-    """
-    rows_by_rank = rank_rows([pair.num_tokens for pair in pairs], config.row_tokens, ranks.world_size)
-    rank_of = {index: rank for rank, rows in enumerate(rows_by_rank) for row in rows for index in row}
-    bad = [i for i, pair in enumerate(pairs) if not _is_finite(measure_row(policy, [pair], config)[0], config)]
-    found = [f"{pairs[index].pair_id} (rank {rank_of[index]})" for index in bad]
-    raise NonFiniteLossError(
-        f"The loss is not finite at step {step}",
-        got=f"pairs {', '.join(found)}" if found else "finite losses when the pairs are scored one by one",
-        fix="lower train.learning_rate, or look at these pairs",
-    )
-
-
-def _is_finite(measured: Measured, config: TrainConfig) -> bool:
+def _is_finite(policy: Policy, pair: TokenPair, config: TrainConfig) -> bool:
+    measured, _ = measure_row(policy, [pair], config)
     return bool(torch.isfinite(measured.losses(config)).all())

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from dpo_train.data.pairs import TokenPair
 from dpo_train.errors import NonFiniteLossError
 from dpo_train.model.load import Policy
 from dpo_train.model.shard import shard, whole, whole_state
+from dpo_train.model.transforms import transform_layers
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import evaluate_pairs, train_step
@@ -53,6 +54,7 @@ class Case:
     lora: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     answers: int = 2
+    checkpointing: Literal["off", "selective", "full"] = "off"
 
 
 CASES = {
@@ -66,6 +68,8 @@ CASES = {
     "experts": Case(5, "mixtral", options={"router_aux_loss": 0.5}),
     "a window and caps": Case(5, "gemma2"),
     "tied weights": Case(4, "qwen2"),
+    "layers computed again": Case(5, checkpointing="full"),
+    "layers computed again but for products": Case(5, checkpointing="selective"),
 }
 # Any number of pairs in rows of any length.
 CASES |= {
@@ -97,6 +101,7 @@ def _sgd(case: Case, root: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
     folder, config = root / case.family, replace(CONFIG, **case.options)
     pairs = _pairs(folder, case.pairs, case.answers)
     policy = _policy(folder, ranks, sharded, case.lora)
+    transform_layers(policy, checkpointing=case.checkpointing, compile=False, row_tokens=config.row_tokens)
     before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     results = [

@@ -21,15 +21,16 @@ pytest.importorskip("kfp")
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
-STAGES = ["prepare", "score_reference", "sweep", "train", "evaluate", "register"]
+STAGES = ["prepare", "sft", "score_reference", "sweep", "train", "evaluate", "register"]
 
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupt")
     config = tiny_config(
-        folder, compute__executor="ray", compute__workers=2, sweep__betas=[0.1], sweep__max_steps=3, tracking__uri=None
-    )
+        folder, compute__executor="ray", compute__workers=2, sweep__betas=[0.1], sweep__max_steps=3, tracking__uri=None,
+        sft__enabled=True, sft__max_steps=3, sft__batch_pairs=16,
+    )  # fmt: skip
     return write_config(config, folder / "config.yaml")
 
 
@@ -69,7 +70,7 @@ def test_run_after_all_interrupts_completes(config_file: Path) -> None:
 
     assert finished.code == 0, finished.output
     reused = [stage for stage, end in finished.ends().items() if end["reused"]]
-    assert reused == STAGES[:5]
+    assert reused == STAGES[:-1]
 
 
 def test_terminated_run_ends_as_an_interrupted_one(config_file: Path) -> None:
@@ -132,7 +133,7 @@ def test_killed_run_continues_from_the_last_complete_output(config_file: Path) -
     finished: Finished = dpo(*arguments, store=store)
 
     assert finished.code == 0, finished.output
-    assert [s for s, end in finished.ends().items() if end["reused"]] == ["prepare", "score_reference", "sweep"]
+    assert [s for s, end in finished.ends().items() if end["reused"]] == STAGES[:4]
     steps = [e["done"] for e in finished.events if e["stage"] == "train" and e["kind"] == "progress"]
     # The workers may have come to the end before they noticed; then nothing is left to train.
     assert 1 not in steps

@@ -19,7 +19,7 @@ pytest.importorskip("kfp")
 pytest.importorskip("ray")
 pytest.importorskip("mlflow")
 
-STAGES = ["prepare", "score_reference", "sweep", "train", "evaluate", "register"]
+STAGES = ["prepare", "sft", "score_reference", "sweep", "train", "evaluate", "register"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_other_betas_rerun_only_what_depends_on_them(first: Finished, config_fil
 
     assert other.code == 0, other.output
     reused = {stage for stage, end in other.ends().items() if end["reused"]}
-    assert reused == {"prepare", "score_reference"}
+    assert reused == {"prepare", "sft", "score_reference"}
     assert other.record("train")["details"]["beta"] == 0.9
     assert "tiny version 2" in other.output
 
@@ -170,6 +170,25 @@ def test_other_swept_betas_rerun_the_sweep_and_what_follows_from_its_choice(firs
     assert made == ({"sweep"} if same else {"sweep", "train", "evaluate", "register"})
     trials = sorted(path.name for path in (Path(other.ends()["sweep"]["path"]) / "trials").glob("beta-*"))
     assert trials == ["beta-0.1", "beta-0.7"]
+
+
+@pytest.mark.slow
+def test_flow_that_starts_with_sft_aligns_the_model_it_made(first: Finished, config_file: Path) -> None:
+    """Every task after sft takes its model: the reference is it, and DPO starts at ln 2 from there."""
+    finished = dpo(
+        "run", str(config_file), "sft.enabled=true", "sft.learning_rate=5e-3", "sft.max_steps=5", "sweep.betas=[]",
+        store=first.store,
+    )  # fmt: skip
+
+    assert finished.code == 0, finished.output + finished.log[-5000:]
+    assert {stage for stage, end in finished.ends().items() if end["reused"]} == {"prepare"}
+    sft, train = finished.record("sft"), finished.record("train")
+    assert sft["metrics"]["loss"] < sft["metrics"]["first_loss"]
+    for stage in ("score_reference", "train", "evaluate", "register"):
+        assert finished.record(stage)["inputs"]["model"] == sft["details"]["model"]
+    assert train["metrics"]["first_loss"] == pytest.approx(0.69314718, rel=1e-4)
+    notes = [json.loads(f.read_text()) for f in (Path(finished.ends()["sft"]["path"]) / "ranks").iterdir()]
+    assert sorted(note["rank"] for note in notes) == [0, 1]
 
 
 def test_shuffled_labels_exit_1_and_register_nothing(tmp_path: Path) -> None:

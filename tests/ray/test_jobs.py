@@ -184,7 +184,7 @@ def _job(
         seed=0,
         origin={},
         shard=shard,
-        scored=str(artifact.path),
+        pairs=str(artifact.path),
         output=str(output),
         reporter=reporter,
     )

@@ -22,6 +22,7 @@ from dpo_train.errors import ConfigError
 from tests.tiny import tiny_config
 
 MINIMAL = "model: {path: /m}\nprepare: {path: /p}\n"
+TENSOR = ("compute.tensor_parallel=2", "compute.workers=2")
 
 
 def _parse(text: str = "", *overrides: str) -> RunConfig:
@@ -259,6 +260,15 @@ def test_text_form_keeps_the_paths_that_kubeflow_would_damage() -> None:
         (["train.divergence_alpha=0.3"], "divergence_alpha has no meaning with the reverse_kl divergence"),
         (["train.keep=best", "prepare.validation_fraction=0"], "train.keep=best and train.patience need validation"),
         (["train.weight_decay=0.1", "train.optimizer=rmsprop"], "no meaning with rmsprop"),
+        (["sft.enabled=true", "sft.weight_decay=0.1", "sft.optimizer=rmsprop"], "sft.weight_decay has no meaning"),
+        (["sft.enabled=true", "sft.frozen=[lm_head]", "sft.lora={}"], "sft.lora trains none of them"),
+        (["sft.enabled=true", "train.lora={}", "model.quantization=nf4"], "without sft.lora its weights would be"),
+        ([*TENSOR, "compute.workers=3"], "compute.tensor_parallel=2 does not divide compute.workers=3"),
+        ([*TENSOR, "compute.shard=off"], "compute.tensor_parallel shards weights, and compute.shard is off"),
+        ([*TENSOR, "train.lora={}"], "with train.lora adapters are trained"),
+        ([*TENSOR, "sft.enabled=true", "sft.lora={}"], "with sft.lora adapters are trained"),
+        ([*TENSOR, "compute.executor=local"], "compute.executor=local is one"),
+        ([*TENSOR, "sweep.betas=[0.1, 0.2]"], "each trial of a sweep is one"),
         (["register.model_name=org/model"], "'register.model_name'"),
         (["register.alias=latest"], "no alias that MLflow takes"),
         (["register.alias=v12"], "no alias that MLflow takes"),
@@ -269,6 +279,12 @@ def test_contradiction_is_found_before_anything_runs(overrides: list[str], words
     """What would fail after hours fails now."""
     with pytest.raises(ConfigError, match=words):
         _parse("", *overrides)
+
+
+def test_keys_of_sft_do_not_contradict_each_other_while_it_is_off() -> None:
+    """A section that is switched off for one run stays as it is."""
+    overrides = ["sft.weight_decay=0.1", "sft.optimizer=rmsprop", "train.lora={}", "model.quantization=nf4"]
+    assert _parse("", *overrides).sft.weight_decay == 0.1
 
 
 def test_key_that_stands_twice_is_refused() -> None:
@@ -292,3 +308,18 @@ def test_tiny_config_takes_overrides_by_dot_or_underscores(tmp_path: Path) -> No
     weights = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
     tiny_config(tmp_path)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize("text", ["on", "off", "auto"])
+def test_on_and_off_are_words(tmp_path: Path, text: str) -> None:
+    """In YAML 1.1 they would be booleans, and ``compute.shard=on`` an error."""
+    assert tiny_config(tmp_path, compute__shard=text).compute.shard == text
+    config = parse_config(json.dumps({"model": {"path": "m"}, "prepare": {"path": "p"}}), [f"compute.shard={text}"])
+    assert config.compute.shard == text
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False)])
+def test_booleans_are_true_and_false(text: str, value: bool) -> None:
+    """As YAML 1.2 and JSON write them."""
+    config = parse_config("{model: {path: m}, prepare: {path: p}}", [f"prepare.redact={text}"])
+    assert config.prepare.redact is value

@@ -117,7 +117,7 @@ def _message(item: Any, name: str) -> Message:
     if role is None:
         said = repr(written[:40]) if isinstance(written, str) else type_of(written)
         raise RejectedError("wrong_type", f"a message of {name} has the role {said}, expected {', '.join(ROLES)}")
-    kept = {key: item[key] for key in EXTRA_KEYS if not is_empty(item.get(key))}
+    kept = {key: item[key] for key in EXTRA_KEYS if key in item and not is_empty(item[key])}
     if "tool_calls" in kept:
         kept["tool_calls"] = _tool_calls(kept["tool_calls"], name)
     content = _content(item.get("content") if item.get("content") is not None else item.get("value"), name)

@@ -58,8 +58,10 @@ def test_every_line_of_init_can_be_switched_on() -> None:
 
     default, everything = parse_config(text), parse_config(switched_on)
 
-    assert everything.train.lora is not None
-    assert dataclasses.replace(everything, train=dataclasses.replace(everything.train, lora=None)) == default
+    sections = {name: getattr(everything, name) for name in ("train", "sft")}
+    assert all(section.lora is not None for section in sections.values())
+    without = {name: dataclasses.replace(section, lora=None) for name, section in sections.items()}
+    assert dataclasses.replace(everything, **without) == default
 
 
 def test_every_option_has_a_help_text() -> None:

@@ -485,6 +485,38 @@ def test_text_is_apply_chat_templates_own(kind: str) -> None:
     assert "shortb"[:5] in tokenizer.decode(expected)
 
 
+@pytest.mark.parametrize("kind", ["llama3", "gpt2"])
+def test_text_of_turns_without_extras_is_apply_chat_templates_own(kind: str) -> None:
+    """They are rendered without its copying, and are given all that it hands on: options, special tokens, no tools."""
+    template = (
+        "{{ bos_token }}{{ style }}{{ tools is none }}{{ documents is none }}{% for m in messages %}<|{{ m.role }}|>"
+        "{{ m.content }}{{ m.thinking is defined }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make(kind, template)
+    prompt = (
+        Message("system", "s"),
+        Message("user", "hi {{ x }} <b>"),
+        Message("assistant", "a"),
+        Message("user", "é"),
+    )
+    pair = PreferencePair(prompt, Message("assistant", "yes"), Message("assistant", "no"), "g")
+    outcome = encoder(tokenizer, template_options={"style": "short"}).encode(pair)
+    assert isinstance(outcome, EncodedPair)
+    turns = [{"role": m.role, "content": m.content} for m in prompt]
+    found = {
+        answer: tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": answer}], tokenize=False, style="short"
+        )
+        for answer in ("yes", "no")
+    }
+    start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, style="short")
+    assert start.startswith(f"{tokenizer.bos_token or ''}shortTrueTrue")
+    texts = [tokenizer.decode(ids) for ids in ids_of(outcome)]
+    for text, expected in zip(texts, (start, *(whole.removeprefix(start) for whole in found.values())), strict=True):
+        assert text == tokenizer.decode(tokenizer(expected, add_special_tokens=False)["input_ids"])
+
+
 def test_named_templates_are_chosen_by_whether_there_are_tools() -> None:
     """As apply_chat_template does: "tool_use" with tools, "default" without."""
     templates = {"default": TEMPLATES["token"], "tool_use": "{{ 'TOOLS' if tools }}" + TEMPLATES["token"]}

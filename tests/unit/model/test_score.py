@@ -72,12 +72,14 @@ def test_layout_check_passes_where_packing_is_right(policies: dict[str, Policy],
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_rejected_tokens_leave_the_chosen_answer_bit_for_bit(policies: dict[str, Policy], family: str) -> None:
-    """The chosen answer's numbers do not change in any bit; the rejected one's do."""
+    """The chosen answer's numbers do not change in any bit (experts: to 1e-6); the rejected one's do."""
     pair = PAIRS[0]
     other = replace(pair, rejected_ids=(pair.rejected_ids + 1) % VOCABULARY)
     before, after = _packed(policies[family], [pair])[0], _packed(policies[family], [other])[0]
-    assert after[0] == before[0]
-    assert after[1] != before[1]
+    # Experts batch the tokens that chose them: the order of their sums follows the other tokens.
+    exact = policies[family].layout.experts is None
+    assert after[0] == (before[0] if exact else pytest.approx(before[0], rel=1e-6))
+    assert after[1] != pytest.approx(before[1], rel=1e-3)
 
 
 def test_other_chosen_tokens_leave_the_rejected_answer_bit_for_bit(llama: Policy) -> None:

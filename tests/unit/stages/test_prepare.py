@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError, DataError, DpoError
 from dpo_train.progress import ENVIRONMENT_KEY
 from dpo_train.stages import prepare
-from dpo_train.stages.executor import InProcess
+from dpo_train.stages.executor import InProcess, TableFunction
 from tests.tiny import tiny_config
 from tests.unit.data.records import RECORD
 
@@ -91,6 +93,34 @@ def test_many_blocks_and_buckets_give_what_one_gives(
     reports = [json.loads((made.path / "report.json").read_text()) for made in (one, many)]
     assert reports[0] == reports[1]
     assert not (many.path / "work").exists()
+
+
+class Counting(InProcess):
+    """Counts how often workers are asked for."""
+
+    asked = 0
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        self.asked += 1
+        return super().map_tables(make, tables, uses_model=uses_model)
+
+
+def test_workers_decide_buckets_only_where_there_are_many(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take seconds to start; who decides makes no difference to the output."""
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(60)])
+    monkeypatch.setattr(work, "BUCKET_BYTES", 4000)
+    few, many = Counting(), Counting()
+    near = prepare(with_data(config, tmp_path / "near", path=str(data)), few)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "MOST_BUCKETS_NEAR", 1)
+    far = prepare(with_data(config, tmp_path / "far", path=str(data)), many)
+    assert 1 < len(Split(near, "train").shards) <= 16
+    assert (few.asked, many.asked) == (1, 2)
+    assert used_ids(near) == used_ids(far)
+    assert near.record.counts == far.record.counts
 
 
 def test_order_of_pairs_in_a_shard_is_that_of_their_ids(config: RunConfig, tmp_path: Path) -> None:

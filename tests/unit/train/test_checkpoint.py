@@ -178,12 +178,13 @@ def test_shards_of_many_ranks_are_put_together_in_their_order(
             shards[0][0][name], shards[0][1][name] = tensor, None
             continue
         size = -(-len(tensor) // world_size)
-        for rank, (held, rows) in enumerate(shards):
+        for rank, (held, boxes) in enumerate(shards):
             start, stop = min(rank * size, len(tensor)), min((rank + 1) * size, len(tensor))
-            held[name], rows[name] = tensor[start:stop].clone(), [start, stop]
+            held[name] = tensor[start:stop].clone()
+            boxes[name] = [[start, stop], *([0, width] for width in tensor.shape[1:])]
     whole.unlink()
-    for rank, (held, rows) in enumerate(shards):
-        save_file(held, whole.with_name(f"shard-{rank}-of-{world_size}.safetensors"), {"rows": json.dumps(rows)})
+    for rank, (held, boxes) in enumerate(shards):
+        save_file(held, whole.with_name(f"shard-{rank}-of-{world_size}.safetensors"), {"boxes": json.dumps(boxes)})
     fresh, fresh_optimizer = _trained(model_folder, steps=0)
     assert _checkpoints(tmp_path, fresh, fresh_optimizer).resume().step == 2
     for _ in range(2):
