@@ -157,8 +157,9 @@ def _bare_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
             raise WholeModelNeededError("its weights are stored quantised")
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(hub_config, dtype=dtype, **code)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        name = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
+        made_up = {"_from_model_config": True} if name == "config.json" else {}
+        model.generation_config = GenerationConfig.from_pretrained(folder, config_file_name=name, **made_up)
     except WholeModelNeededError:
         raise
     except Exception as error:

@@ -63,6 +63,8 @@ class Case:
     pairs: int = 5
     options: dict[str, Any] = field(default_factory=dict)
     checkpointing: Literal["off", "selective", "full"] = "off"
+    compile: bool = False
+    """On meshes; one rank computes as ever."""
 
 
 QUICK = {
@@ -75,7 +77,10 @@ QUICK = {
 }
 OTHERS = ("qwen2", "gemma3", "mistral", "phi3", "olmo2", "smollm3", "gpt_neox", "cohere", "granite", "odd")
 CASES = QUICK | {family: Case(family) for family in OTHERS}
-CASES |= {"layers computed again but for products": Case("qwen3", checkpointing="selective")}
+CASES |= {
+    "layers computed again but for products": Case("qwen3", checkpointing="selective"),
+    "compiled layers": Case("qwen3", compile=True),
+}
 WORLDS = {"1x2": (1, 2, QUICK), "2x2": (2, 2, CASES)}
 """Shares of a batch by ranks of a share, and what they do."""
 DONE = [
@@ -133,7 +138,8 @@ def _sgd(case: Case, root: Path, ranks: Ranks) -> dict[str, Any]:
     """Weight changes and sums of a few steps at rate 1."""
     folder, config = root / case.family, replace(CONFIG, **case.options)
     pairs, policy = _pairs(folder, case.pairs), _policy(folder, ranks)
-    transform_layers(policy, checkpointing=case.checkpointing, compile=False, row_tokens=config.row_tokens)
+    compile = case.compile and ranks.world_size > 1
+    transform_layers(policy, checkpointing=case.checkpointing, compile=compile, row_tokens=config.row_tokens)
     before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     results = [

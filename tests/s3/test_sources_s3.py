@@ -85,7 +85,7 @@ def test_nothing_usable_is_said(direct: Server) -> None:
 def test_damage_is_a_data_error(direct: Server, tmp_path: Path) -> None:
     """As it is for a local file."""
     bucket = direct.bucket("sources")
-    storage.write_bytes(f"{bucket}/a.jsonl.gz", gzip.compress(jsonl(RECORDS))[:-9])
+    storage.write_bytes(f"{bucket}/a.jsonl.gz", gzip.compress(jsonl(RECORDS), mtime=0)[:-9])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz is damaged"):
         read(f"{bucket}/a.jsonl.gz")
     WRITERS["stream.arrow"](tmp_path / "stream.arrow", RECORDS)

@@ -20,7 +20,7 @@ def _flipped(content: bytes, at: int) -> bytes:
 
 
 _LINES = jsonl([{"n": i, "text": str(i**9)} for i in range(2000)])
-_GZ = gzip.compress(_LINES)
+_GZ = gzip.compress(_LINES, mtime=0)
 _ZST = zst(_LINES)
 DAMAGED = {
     "cut.jsonl.gz": _GZ[:-200],
@@ -30,7 +30,7 @@ DAMAGED = {
     "followed.jsonl.gz": _GZ + b"more",
     "not.jsonl.gz": GOOD,
     "not.csv.gz": b"a,b\n1,2\n",
-    "cut.json.gz": gzip.compress(b"[" + b"1," * 5000)[:-4],
+    "cut.json.gz": gzip.compress(b"[" + b"1," * 5000, mtime=0)[:-4],
     "cut.jsonl.zst": _ZST[:-5],
     "followed.jsonl.zst": _ZST + b"more",
     "not.jsonl.zst": GOOD,

@@ -69,7 +69,7 @@ def test_a_large_compressed_file_is_streamed(tmp_path: Path) -> None:
     """1,000,000 records, 200 MB: 8 MB more than ten records take, where all of them would take 1,000 and more."""
     line = json.dumps({"prompt": "a" * 50, "chosen": "b" * 60, "rejected": "c" * 40}).encode() + b"\n"
     small, large = tmp_path / "small.jsonl.gz", tmp_path / "large.jsonl.gz"
-    small.write_bytes(gzip.compress(line * 10))
+    small.write_bytes(gzip.compress(line * 10, mtime=0))
     with gzip.open(large, "wb", compresslevel=1) as stream:
         for _ in range(1000):
             stream.write(line * 1000)

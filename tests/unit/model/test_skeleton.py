@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from dpo_train.config import LoraConfig, ModelConfig
 from dpo_train.errors import ModelError
@@ -60,6 +67,19 @@ def test_filled_skeleton_is_the_model(tmp_path: Path, family: str) -> None:
     _assert_same(got, wanted)
     assert [str(rule) for rule in got._weight_conversions] == [str(rule) for rule in wanted._weight_conversions]
     assert got.generation_config.to_dict() == wanted.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_generation_config_is_the_models_own(tmp_path: Path, has_own: bool) -> None:
+    """It is saved with the trained model again; without one it is made of the model's config."""
+    folder = write(tmp_path, FAMILIES["llama"])
+    if has_own:
+        GenerationConfig(do_sample=True, temperature=0.25, eos_token_id=[7, 8]).save_pretrained(folder)
+    else:
+        (folder / "generation_config.json").unlink()
+    got, wanted = _filled(folder).generation_config, AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert got.to_dict() == wanted.to_dict()
+    assert (got.temperature == 0.25) == has_own
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

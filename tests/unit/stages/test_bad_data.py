@@ -397,7 +397,9 @@ FILES: dict[str, Left] = {
         {"data/a.jsonl": A, "data/b.jsonl": (B + C).replace(b"\n", b"\r")}, 1, (("b.jsonl", 1, UNDECODABLE),)
     ),
     # compression
-    "two members of gzip": one("a.jsonl.gz", gzip.compress(A) + gzip.compress(B + b"x\n"), 2, (3, UNDECODABLE)),
+    "two members of gzip": one(
+        "a.jsonl.gz", gzip.compress(A, mtime=0) + gzip.compress(B + b"x\n", mtime=0), 2, (3, UNDECODABLE)
+    ),
     "two frames of zstd": one("a.jsonl.zst", zst(A) + zst(b"x\n" + B), 2, (2, UNDECODABLE)),
     "gzip without its suffix": Left(
         {"data/a.jsonl": A, "data/b.jsonl": gzip.compress(b"", mtime=0)},
@@ -651,8 +653,10 @@ REFUSED: dict[str, Refused] = {
     "pipe": beside("b.jsonl", os.mkfifo, "cannot be read", "a pipe", "a file"),
     "pipe as source": alone("a.jsonl", os.mkfifo, "a.jsonl cannot be read", "a pipe"),
     # damaged as a whole
-    "gzip that is cut": beside("b.jsonl.gz", gzip.compress(MANY)[:-300], "is damaged", "compress it again"),
-    "gzip with a wrong checksum": beside("b.jsonl.gz", flipped(gzip.compress(B), -8), "is damaged", "whole .gz file"),
+    "gzip that is cut": beside("b.jsonl.gz", gzip.compress(MANY, mtime=0)[:-300], "is damaged", "compress it again"),
+    "gzip with a wrong checksum": beside(
+        "b.jsonl.gz", flipped(gzip.compress(B, mtime=0), -8), "is damaged", "whole .gz file"
+    ),
     "gzip that is none": beside("b.jsonl.gz", B, "is damaged", "whole .gz file"),
     "zstd that is cut": beside("b.jsonl.zst", zst(MANY)[:-9], "is damaged", "whole .zst file"),
     "zstd that is none": beside("b.jsonl.zst", B, "is damaged", "whole .zst file"),
@@ -874,7 +878,7 @@ def test_record_that_is_too_large_costs_itself_alone(
     rows = b"".join(f"{r['prompt']},{r['chosen']},{r['rejected']}\n".encode() for r in records)
     contents = {
         "a.jsonl": lines(*records),
-        "a.jsonl.gz": gzip.compress(lines(*records)),
+        "a.jsonl.gz": gzip.compress(lines(*records), mtime=0),
         "a.json": json.dumps(records).encode(),
         "a.csv": CSV + rows,
         "a.parquet": parquet(pa.Table.from_pylist(records)),
@@ -956,7 +960,7 @@ def _as_another_user(work: Callable[[], object]) -> str:
 def test_command_line_says_it_in_one_line(config: RunConfig, tmp_path: Path) -> None:
     """Exit code 2 and the message, for data that is not there, damaged, or of another kind; no traceback."""
     unpaired = lines(*({"prompt": f"a {i}", "completion": "b", "label": True} for i in range(3)))
-    write(tmp_path, {"cut.jsonl.gz": gzip.compress(MANY)[:-300], "kto.jsonl": unpaired})
+    write(tmp_path, {"cut.jsonl.gz": gzip.compress(MANY, mtime=0)[:-300], "kto.jsonl": unpaired})
     wanted = {
         "nowhere.jsonl": "There is no data at",
         "cut.jsonl.gz": "cut.jsonl.gz is damaged",
