@@ -185,7 +185,7 @@ def test_router_loss_is_that_of_all_unique_tokens_in_any_rows(tmp_path: Path, fa
     assert experts is not None
     logits = policy.model.get_decoder()(
         input_ids=row.input_ids_T[None], position_ids=row.positions_T[None], use_cache=False, output_router_logits=True,
-        attention_mask=policy.layout.masks(row.pair_T, row.part_T, row.positions_T),
+        attention_mask=policy.layout.masks(row),
     ).router_logits  # fmt: skip
     wanted = load_balancing_loss_func(logits, experts.num_experts, experts.top_k)
     (0.5 * wanted).backward()
