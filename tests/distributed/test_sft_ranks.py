@@ -1,4 +1,4 @@
-"""SFT on two ranks is SFT on one, whole weights or shares of them, on real gloo processes.
+"""SFT on two ranks is SFT on one, with whole weights, shares of them, or layers that both compute; on gloo processes.
 
 Plain SGD at rate 1 shows a gradient that is wrong by a factor, which Adam would hide.
 """
@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from dpo_train.config import LoraConfig, SftConfig
 from dpo_train.data.pairs import TokenPair
 from dpo_train.model.load import Policy
-from dpo_train.model.shard import shard, whole
+from dpo_train.model.shard import TENSOR, shard, whole
+from dpo_train.model.tensor_parallel import build_mesh, parallelize
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.sft import Sft
@@ -49,7 +50,7 @@ CASES = {
     "experts": Case(5, "mixtral"),
     "tied weights": Case(4, "qwen2"),
 }
-WORLDS = {"whole": False, "sharded": True}
+WORLDS = ("whole", "sharded", "tensor")
 
 
 def _pairs(count: int) -> list[TokenPair]:
@@ -57,31 +58,39 @@ def _pairs(count: int) -> list[TokenPair]:
     return [pair.chosen_alone for pair in random_rankings(count, vocabulary=VOCABULARY)]
 
 
-def _policy(folder: Path, ranks: Ranks, sharded: bool, lora: bool) -> Policy:
+def _policy(folder: Path, ranks: Ranks, world: str, lora: bool) -> Policy:
     policy = tiny_policy(folder, lora=lora)
-    if sharded and ranks.world_size > 1:
-        shard(policy)
+    if ranks.mesh is not None:
+        parallelize(policy, ranks.mesh[TENSOR])
+    if world != "whole":
+        shard(policy, ranks.mesh)
     return policy
+
+
+def _cases(world: str) -> dict[str, Case]:
+    """Ranks that compute layers together see all rows; experts and adapters are not cut."""
+    uncut = {"experts", "adapters, a pair each"}
+    return {name: case for name, case in CASES.items() if world != "tensor" or name not in uncut}
 
 
 def _weights(policy: Policy) -> torch.Tensor:
     return torch.cat([whole(p).detach().flatten().clone() for p in policy.trainable().values()])
 
 
-def _sgd(case: Case, root: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+def _sgd(case: Case, root: Path, ranks: Ranks, world: str) -> dict[str, Any]:
     """Weight changes and metrics of a few steps at rate 1, and what is measured afterwards."""
     pairs, method = _pairs(case.pairs), Sft(replace(CONFIG, row_tokens=case.row_tokens))
-    policy = _policy(root / case.family, ranks, sharded, case.lora)
+    policy = _policy(root / case.family, ranks, world, case.lora)
     before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     steps = [method.step(policy, optimizer, pairs, ranks, step=step, learning_rate=1.0) for step in range(STEPS)]
     return {"change": _weights(policy) - before, "steps": [*steps, method.evaluate(policy, pairs, ranks)]}
 
 
-def _fit(root: Path, output: Path, ranks: Ranks, sharded: bool, *, lora: bool, stop: int | None = None) -> torch.Tensor:
+def _fit(root: Path, output: Path, ranks: Ranks, world: str, *, lora: bool, stop: int | None = None) -> torch.Tensor:
     """The real loop; ``stop`` ends it early, as a crash after a checkpoint would."""
     output.mkdir(exist_ok=True)
-    policy = _policy(root / "llama", ranks, sharded, lora)
+    policy = _policy(root / "llama", ranks, world, lora)
     config = replace(CONFIG, max_steps=stop, lora=LoraConfig(rank=4) if lora else None)
     pairs = _pairs(9)
     job = Fit(
@@ -91,18 +100,19 @@ def _fit(root: Path, output: Path, ranks: Ranks, sharded: bool, *, lora: bool, s
     return _weights(policy)
 
 
-def _everything(root: Path, output: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {name: _sgd(case, root, ranks, sharded) for name, case in CASES.items()}
-    found["fit"] = _fit(root, output / "fit", ranks, sharded, lora=not sharded)
-    _fit(root, output / "stopped", ranks, sharded, lora=not sharded, stop=2)
+def _everything(root: Path, output: Path, ranks: Ranks, world: str) -> dict[str, Any]:
+    found: dict[str, Any] = {name: _sgd(case, root, ranks, world) for name, case in _cases(world).items()}
+    found["fit"] = _fit(root, output / "fit", ranks, world, lora=world == "whole")
+    _fit(root, output / "stopped", ranks, world, lora=world == "whole", stop=2)
     return found
 
 
-def _rank(rank: int, root: Path, output: Path, sharded: bool) -> None:
+def _rank(rank: int, root: Path, output: Path, world: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{output / 'meeting'}", rank=rank, world_size=2)
     try:
-        torch.save(_everything(root, output, Ranks.current(), sharded), output / f"rank-{rank}.pt")
+        ranks = Ranks.current(build_mesh(torch.device("cpu"), 2) if world == "tensor" else None)
+        torch.save(_everything(root, output, ranks, world), output / f"rank-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -111,8 +121,8 @@ def _rank(rank: int, root: Path, output: Path, sharded: bool) -> None:
 class World:
     """Two ranks, and what each found."""
 
+    name: str
     output: Path
-    sharded: bool
     ranks: list[dict[str, Any]]
 
 
@@ -128,11 +138,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=WORLDS)
 def world(root: Path, request: pytest.FixtureRequest) -> World:
     """What each rank of a world found."""
-    output = root / str(request.param)
+    name = str(request.param)
+    output = root / name
     output.mkdir()
-    mp.spawn(_rank, args=(root, output, WORLDS[request.param]), nprocs=2)
+    mp.spawn(_rank, args=(root, output, name), nprocs=2)
     found = [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-    return World(output, WORLDS[request.param], found)
+    return World(name, output, found)
 
 
 @pytest.fixture(scope="module")
@@ -140,39 +151,38 @@ def one(root: Path) -> dict[str, Any]:
     """The same in this process, alone."""
     torch.set_num_threads(1)
     (root / "one").mkdir()
-    found = _everything(root, root / "one", Ranks(), sharded=False)
-    return found | {"full fit": _fit(root, root / "one" / "full", Ranks(), sharded=False, lora=False)}
+    found = _everything(root, root / "one", Ranks(), "whole")
+    return found | {"full fit": _fit(root, root / "one" / "full", Ranks(), "whole", lora=False)}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_change_the_weights_as_one_does(world: World, one: dict[str, Any], case: str) -> None:
+def test_ranks_change_the_weights_as_one_does(world: World, one: dict[str, Any]) -> None:
     """Three steps of SGD at rate 1: changes agree to 1e-5 relative, and bit for bit between the ranks."""
-    wanted = one[case]["change"]
-    assert wanted.norm() > 0.1
-    for found in world.ranks:
-        assert (found[case]["change"] - wanted).norm() <= 1e-5 * wanted.norm()
-        assert torch.equal(found[case]["change"], world.ranks[0][case]["change"])
+    for case in _cases(world.name):
+        wanted = one[case]["change"]
+        assert wanted.norm() > 0.1
+        for found in world.ranks:
+            assert (found[case]["change"] - wanted).norm() <= 1e-5 * wanted.norm(), case
+            assert torch.equal(found[case]["change"], world.ranks[0][case]["change"]), case
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> None:
+def test_metrics_are_global(world: World, one: dict[str, Any]) -> None:
     """Loss, log-probs, tokens and gradient norm of each step, and the evaluation, are those of all pairs."""
-    for found in world.ranks:
-        for got, wanted in zip(found[case]["steps"], one[case]["steps"], strict=True):
-            assert got == pytest.approx(wanted, rel=1e-5)
+    for case in _cases(world.name):
+        for found in world.ranks:
+            for got, wanted in zip(found[case]["steps"], one[case]["steps"], strict=True):
+                assert got == pytest.approx(wanted, rel=1e-5), case
 
 
 def test_whole_training_equals_that_of_one_rank(world: World, one: dict[str, Any]) -> None:
     """The loop with AdamW, validation and checkpoints, two epochs."""
-    wanted = one["full fit" if world.sharded else "fit"]
+    wanted = one["fit" if world.name == "whole" else "full fit"]
     for found in world.ranks:
         assert (found["fit"] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_checkpoint_of_two_ranks_resumes_on_one(world: World, root: Path) -> None:
     """A resized run goes on where the other stopped: the same steps see the same answers."""
-    lora = not world.sharded
-    resumed = _fit(root, world.output / "stopped", Ranks(), sharded=False, lora=lora)
+    resumed = _fit(root, world.output / "stopped", Ranks(), "whole", lora=world.name == "whole")
     wanted = world.ranks[0]["fit"]
     assert len((world.output / "stopped" / "metrics.jsonl").read_text().splitlines()) == 5
     assert (resumed - wanted).norm() <= 1e-5 * wanted.norm()

@@ -168,3 +168,15 @@ def test_unknown_split_is_refused(output: Artifact) -> None:
     """With the names that there are."""
     with pytest.raises(StoreError, match="heldout"):
         Split(output, "test")
+
+
+def test_pairs_may_be_read_without_their_rejected_answers(output: Artifact) -> None:
+    """The same order by the same digest; prompt and chosen answer are whole, and nothing else is there."""
+    whole, alone = Split(output, "train").pairs(), Split(output, "train").pairs(chosen_alone=True)
+    assert alone.ids_digest == whole.ids_digest
+    for pair, rest in zip(whole, alone, strict=True):
+        assert (rest.pair_id, rest.num_tokens) == (pair.pair_id, len(pair.prompt_ids) + len(pair.chosen_ids))
+        assert np.array_equal(rest.prompt_ids, pair.prompt_ids)
+        assert np.array_equal(rest.chosen_ids, pair.chosen_ids)
+        assert len(rest.rejected_ids) == 0
+        assert rest.reference_chosen_logps is None
