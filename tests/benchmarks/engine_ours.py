@@ -14,6 +14,7 @@ from dpo_train.core.metrics import means
 from dpo_train.data.pairs import TokenPair
 from dpo_train.model.load import Policy, load_policy
 from dpo_train.model.score import score_pairs
+from dpo_train.model.transforms import Checkpointing, transform_layers
 from dpo_train.train.optimizer import build_optimizer
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import train_step
@@ -34,11 +35,10 @@ def run(spec: Spec, turns: Turns) -> None:
 
 
 def load(spec: Spec) -> Policy:
-    """All weights are trained; on request each layer is compiled for any number of tokens."""
+    """All weights are trained; layers are compiled or checkpointed as a training does it."""
     policy = load_policy(ModelConfig(path=str(spec.model)), device=torch.device(spec.device), trainable=True)
-    if spec.compiled:
-        for layer in policy.model.get_decoder().layers:
-            layer.compile(dynamic=True)
+    checkpointing: Checkpointing = "full" if spec.checkpointing else "off"
+    transform_layers(policy, checkpointing=checkpointing, compile=spec.compiled, row_tokens=spec.row_tokens)
     return policy
 
 

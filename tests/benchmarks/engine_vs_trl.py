@@ -105,14 +105,15 @@ def _trl_specs(base: Spec, arguments: argparse.Namespace) -> list[Spec]:
     return specs
 
 
-def _others(best: Spec, arguments: argparse.Namespace) -> list[Spec]:
-    """What else is measured of TRL at its fastest size."""
-    others = [replace(best, name=f"{best.name}, reference in the step", precomputed=False)]
+def _others(ours: Spec, trl: Spec, arguments: argparse.Namespace) -> list[Spec]:
+    """What else is measured at each engine's fastest size."""
+    others = [replace(trl, name=f"{trl.name}, reference in the step", precomputed=False)]
     if arguments.checkpointing:
         smallest = min(arguments.trl_batch)
-        others.append(
-            replace(best, name=f"TRL, {smallest} a device, checkpointing", micro_pairs=smallest, checkpointing=True)
-        )
+        others += [
+            replace(ours, name=f"{ours.name}, checkpointing", checkpointing=True),
+            replace(trl, name=f"TRL, {smallest} a device, checkpointing", micro_pairs=smallest, checkpointing=True),
+        ]
     return others
 
 
@@ -129,7 +130,7 @@ def _together(ours: list[Spec], trl: list[Spec], arguments: argparse.Namespace) 
         for worker in workers:
             if worker not in going:
                 worker.stop()
-        later = [Worker(spec) for spec in _others(going[1].spec, arguments)]
+        later = [Worker(spec) for spec in _others(going[0].spec, going[1].spec, arguments)]
         workers += later
         start(later)
         for worker in later:
@@ -156,8 +157,9 @@ def _apart(ours: list[Spec], trl: list[Spec], arguments: argparse.Namespace) -> 
     theirs = [worker for worker in finished if worker.spec.engine == TRL]
     if not theirs:
         raise EngineError("\n".join(failed))
-    fastest = min(theirs, key=lambda w: sum(w.steps.seconds[_warm_ups(w.spec) :]))
-    for spec in _others(fastest.spec, arguments):
+    mine = finished[: len(ours)]
+    fastest = [min(side, key=lambda w: sum(w.steps.seconds[_warm_ups(w.spec) :])).spec for side in (mine, theirs)]
+    for spec in _others(fastest[0], fastest[1], arguments):
         finished += _try(spec, arguments, failed)
     return finished, failed
 
@@ -189,10 +191,10 @@ def break_down(_: str, base: Spec, __: Shape, arguments: argparse.Namespace) -> 
 
 
 def ablate(_: str, base: Spec, __: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a step takes without each technique, in time and memory."""
+    """What a step takes without each technique, in time and memory; nothing is compiled."""
     engine = "tests.benchmarks.engine_ablations:run"
     specs = [
-        replace(base, name=f"without {what}" if what else "ours", engine=engine, leave_out=what)
+        replace(base, name=f"without {what}" if what else "ours", engine=engine, leave_out=what, compiled=False)
         for what in DESCRIPTIONS
     ]
     workers = _run(specs, arguments)
@@ -268,7 +270,7 @@ def _parse() -> argparse.Namespace:
         "--cpu-time", action="store_true", help="on a busy machine: one thread, and the time that each process computed"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile of our layers, and TRL with and without")
-    parser.add_argument("--checkpointing", action="store_true", help="TRL with activation checkpointing as well")
+    parser.add_argument("--checkpointing", action="store_true", help="both with activation checkpointing as well")
     parser.add_argument("--breakdown", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--json", type=Path, help="also write what was found to this file")
