@@ -16,16 +16,13 @@ record last; whoever reads fetches what the record lists. Nothing relies on a bu
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
 import json
 import logging
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +30,12 @@ from typing import Any
 from dpo_train import storage
 from dpo_train.disk import disk_errors, empty, locked, write_atomically
 from dpo_train.errors import StoreError
+from dpo_train.identity import code_version, differences, identity, library_versions
 
 RECORD_FILE = "record.json"
 CLAIM_FILE = "claim.json"
 
 _LOG = logging.getLogger(__name__)
-
-# What only shows or moves results is not part of what computes them.
-_PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py", "runs.py", "storage"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,24 +112,6 @@ class Verdict:
     learned: bool
     passed: bool
     rules: tuple[Mapping[str, Any], ...]
-
-
-@functools.cache
-def code_version() -> str:
-    """Package version and a digest of every source file that can change a result."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if relative.parts[0] not in _PRESENTATION:
-            digest.update(f"{relative}\0".encode() + path.read_bytes() + b"\0")
-    return f"{importlib.metadata.version('dpo-train')}+{digest.hexdigest()[:12]}"
-
-
-def identity(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The digest that names an output: content and config only, never time or place."""
-    content = {"stage": stage, "config": config, "inputs": inputs, "code": code_version()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def local_copy(home: str) -> Path:
@@ -390,17 +367,6 @@ def check_writable(target: Path | str) -> None:
             pass
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that take part in the numbers. They are recorded, not part of the identity."""
-    found = {}
-    for name in ("torch", "transformers", "peft", "ray", "pyarrow", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _complete(home: str, claim: Mapping[str, Any]) -> Artifact | None:
     """The output if it is there already; an error if the folder is not for it."""
     text = _read(home, RECORD_FILE)
@@ -445,13 +411,3 @@ def _is_used(home: str) -> bool:
         return bool(storage.list_files(home + "/"))
     folder = Path(home)
     return folder.is_dir() and any(not p.name.startswith(f".{CLAIM_FILE}.") for p in folder.iterdir())
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, each as a sentence."""
-    for key in sorted(set(found) | set(wanted)):
-        old, new = found.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{prefix}{key}.")
-        elif old != new and key != "digest":
-            yield f"{prefix}{key} was {old!r}, is now {new!r}"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, complete_below, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
+from dpo_train.describe import metadata, raw_data, summary, uri
 from dpo_train.errors import DpoError, StoreError
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 from dpo_train.runs import RUNS, RunFolder, store_lock
@@ -313,44 +314,11 @@ def _told(reporter: Reporter) -> Iterator[None]:
         raise
 
 
-def uri(artifact: Artifact, file: str = "") -> str:
-    """Where the output lies, for Kubeflow's page. Percent-encoded: kfp.local would take ``{{$`` for a placeholder."""
-    place = storage.join(artifact.home, file) if file else artifact.home
-    return place if storage.is_remote(place) else Path(place).as_uri()
-
-
-def metadata(artifact: Artifact) -> dict[str, str]:
-    """What a pipeline's artifact says about itself; text only, because Kubeflow turns whole numbers into floats."""
-    return {"address": artifact.address, "stage": artifact.record.stage, "summary": summary(artifact)}
-
-
 def exit_code(error: BaseException) -> int:
     """2 for the user's mistake, 3 for a refusing gate, 130 for Ctrl-C, 1 for everything else."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return 130
     return error.exit_code if isinstance(error, DpoError) else 1
-
-
-def summary(artifact: Artifact) -> str:
-    """One line that says what a stage found."""
-    record = artifact.record
-    counts, metrics, details = record.counts, record.metrics, record.details
-    if record.stage == "prepare":
-        splits = ", ".join(f"{counts[f'pairs/{split}']} {split}" for split in ("train", "validation", "heldout"))
-        kept, unused = counts["kept_pairs"], counts["rejected"]
-        return f"{counts['records']} records: {kept} pairs ({splits}), {unused} records not used"
-    if record.stage == "sft" and not details["enabled"]:
-        return "off"
-    if record.stage == "score_reference":
-        return f"{counts['pairs']} pairs, {counts['tokens']} tokens"
-    if record.stage == "sweep":
-        return f"{counts['trials']} trials, beta {details['beta']:g}" if counts["trials"] else "off"
-    if record.stage in {"sft", "train"}:
-        return f"{counts['steps']} steps, loss {metrics['first_loss']:.4f} to {metrics['loss']:.4f}"
-    if record.stage == "evaluate":
-        low, high = metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]
-        return f"accuracy {metrics['heldout/accuracy']:.3f} ({low:.3f} to {high:.3f})"
-    return f"{details['model_name']} version {details['version']}"
 
 
 def _call(
@@ -424,26 +392,6 @@ def _history(artifact: Artifact) -> list[dict[str, float]]:
     from dpo_train.metrics_file import METRICS_FILE, read_history
 
     return read_history(artifact.file(METRICS_FILE)) if METRICS_FILE in artifact.record.files else []
-
-
-def raw_data(config: RunConfig, artifact: Artifact) -> dict[str, tuple[str, str]]:
-    """By name the place and the digest of each source."""
-    sources = config.prepare.all_sources
-    digests = [digest for name, digest in sorted(artifact.record.inputs.items(), key=_number) if _is_data(name)]
-    names = [source.path.rstrip("/").rpartition("/")[2] or source.path for source in sources]
-    return {
-        name if names.count(name) == 1 else f"{name} ({index})": (source.path, digest)
-        for index, (name, source, digest) in enumerate(zip(names, sources, digests, strict=True))
-    }
-
-
-def _is_data(name: str) -> bool:
-    return name == "data" or name.startswith("data/")
-
-
-def _number(item: tuple[str, str]) -> int:
-    """``data/10`` comes after ``data/9``."""
-    return int(item[0].removeprefix("data/")) if item[0].startswith("data/") else 0
 
 
 def _log(config: RunConfig, tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:

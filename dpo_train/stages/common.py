@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train import storage
-from dpo_train.artifacts import Artifact, Output, Summary, identity, produce
+from dpo_train.artifacts import Artifact, Output, Summary, produce
 from dpo_train.config import RunConfig
 from dpo_train.data.adapter import adapter_digest, adapter_folder, check_shape
 from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.errors import ConfigError, StoreError
+from dpo_train.identity import identity
 
 
 def make(

@@ -22,12 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dpo_train import storage
-from dpo_train.artifacts import Artifact, Output, Summary, discard, identity, mirror
+from dpo_train.artifacts import Artifact, Output, Summary, discard, mirror
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import model_folder
 from dpo_train.data.known import KEYS_FILE, KEYS_SCHEMA, Keys, KnownScores, token_keys
 from dpo_train.data.pairs import SCORE_NAMES, SCORED_SCHEMA, SPLITS
 from dpo_train.data.shards import SHARDS_FILE, TOKENS, Shard, Split, lengths, manifest, read_shard, write_shard
+from dpo_train.identity import identity
 from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_model_reads, check_rows
 from dpo_train.stages.common import check_adapter, compute_dtype, make, model_digest, storage_options

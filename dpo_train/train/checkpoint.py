@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_train import storage
-from dpo_train.artifacts import differences, local_copy, mirror
+from dpo_train.artifacts import local_copy, mirror
 from dpo_train.errors import LostPeerError, ModelError, StoreError
+from dpo_train.identity import differences
 from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.model.load import Policy
 from dpo_train.model.shard import TENSOR, box, is_cut, like, local

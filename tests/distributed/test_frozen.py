@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from dpo_train.config import ModelConfig, TrainConfig
@@ -15,6 +13,7 @@ from dpo_train.model.load import load_policy
 from dpo_train.model.shard import shard, whole
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import train_step
+from tests.distributed.processes import spawn
 from tests.tiny import random_pairs, with_reference
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
@@ -39,34 +38,32 @@ def _changes(folder: Path, frozen: tuple[str, ...], ranks: Ranks) -> dict[str, T
     return {name: whole(p).detach() - before[name] for name, p in policy.model.named_parameters()}
 
 
-def _rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    try:
-        found = [_changes(folder / "model", frozen, Ranks.current()) for frozen in FROZEN]
-        torch.save(found, folder / f"rank-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _all_changes(folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:
+    return [_changes(folder, frozen, ranks) for frozen in FROZEN]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama."""
+    return write(tmp_path_factory.mktemp("frozen") / "model", FAMILIES["llama"])
+
+
+@pytest.fixture(scope="module")
+def ranks(model: Path) -> list[list[dict[str, Tensor]]]:
     """What both ranks found."""
-    folder = tmp_path_factory.mktemp("frozen")
-    write(folder / "model", FAMILIES["llama"])
-    mp.spawn(_rank, args=(folder,), nprocs=2)
-    return folder
+    return spawn(2, model.parent / "ranks", _all_changes, model)
 
 
 @pytest.mark.parametrize("case", range(len(FROZEN)))
-def test_shares_of_frozen_weights_stay_and_the_others_change_as_on_one_rank(folder: Path, case: int) -> None:
+def test_shares_of_frozen_weights_stay_and_the_others_change_as_on_one_rank(
+    model: Path, ranks: list[list[dict[str, Tensor]]], case: int
+) -> None:
     """Frozen weights bit for bit, on both ranks; changes of all others agree to 1e-5 relative."""
     torch.set_num_threads(1)
-    wanted = _changes(folder / "model", FROZEN[case], Ranks())
+    wanted = _changes(model, FROZEN[case], Ranks())
     moved = {name for name, change in wanted.items() if change.any()}
     assert 0 < len(moved) < len(wanted)
-    for rank in range(2):
-        found = torch.load(folder / f"rank-{rank}.pt")[case]
+    for found in (of_rank[case] for of_rank in ranks):
         assert {name for name, change in found.items() if change.any()} == moved
         difference = torch.cat([(found[name] - wanted[name]).flatten() for name in moved])
         assert difference.norm() <= 1e-5 * torch.cat([wanted[name].flatten() for name in moved]).norm()

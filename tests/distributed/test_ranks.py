@@ -15,8 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dpo_train.config import LoraConfig, TrainConfig
 from dpo_train.core.metrics import NAMES
@@ -28,6 +26,7 @@ from dpo_train.model.transforms import transform_layers
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.step import evaluate_pairs, train_step
+from tests.distributed.processes import spawn
 from tests.tiny import random_rankings, tiny_model, tiny_policy, with_reference
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
@@ -144,21 +143,12 @@ def _non_finite(root: Path, ranks: Ranks, sharded: bool) -> str:
     return "nothing was raised"
 
 
-def _everything(root: Path, output: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+def _everything(root: Path, output: Path, sharded: bool, ranks: Ranks) -> dict[str, Any]:
     found: dict[str, Any] = {name: _sgd(case, root, ranks, sharded) for name, case in CASES.items()}
     found["fit"] = _fit(root, output / "fit", ranks, sharded)
     _fit(root, output / "stopped", ranks, sharded, stop=2)
     found["error"] = _non_finite(root, ranks, sharded)
     return found
-
-
-def _rank(rank: int, root: Path, output: Path, world_size: int, sharded: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{output / 'meeting'}", rank=rank, world_size=world_size)
-    try:
-        torch.save(_everything(root, output, Ranks.current(), sharded), output / f"rank-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +170,7 @@ def world(root: Path, request: pytest.FixtureRequest) -> World:
     """What each rank of a world found."""
     world_size, sharded = WORLDS[request.param]
     output = root / request.param.replace(" ", "-")
-    output.mkdir()
-    mp.spawn(_rank, args=(root, output, world_size, sharded), nprocs=world_size)
-    found = [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in range(world_size)]
-    return World(output, sharded, found)
+    return World(output, sharded, spawn(world_size, output, _everything, root, output, sharded))
 
 
 @dataclass(frozen=True)
@@ -200,7 +187,7 @@ def one(root: Path) -> dict[str, Any]:
     """The same in this process, alone."""
     torch.set_num_threads(1)
     (root / "one").mkdir()
-    found = _everything(root, root / "one", Ranks(), sharded=False)
+    found = _everything(root, root / "one", False, Ranks())
     # Sharded ranks train all weights.
     return found | {"full fit": _fit(root, root / "one" / "full", Ranks(), sharded=True)}
 

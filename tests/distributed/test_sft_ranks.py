@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dpo_train.config import LoraConfig, SftConfig
 from dpo_train.data.pairs import TokenPair
@@ -22,6 +20,7 @@ from dpo_train.model.tensor_parallel import build_mesh, parallelize
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.sft import Sft
+from tests.distributed.processes import spawn
 from tests.tiny import random_rankings, tiny_policy
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
@@ -107,14 +106,9 @@ def _everything(root: Path, output: Path, ranks: Ranks, world: str) -> dict[str,
     return found
 
 
-def _rank(rank: int, root: Path, output: Path, world: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{output / 'meeting'}", rank=rank, world_size=2)
-    try:
-        ranks = Ranks.current(build_mesh(torch.device("cpu"), 2) if world == "tensor" else None)
-        torch.save(_everything(root, output, ranks, world), output / f"rank-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _in_world(root: Path, output: Path, world: str, ranks: Ranks) -> dict[str, Any]:
+    mesh = build_mesh(torch.device("cpu"), 2) if world == "tensor" else None
+    return _everything(root, output, replace(ranks, mesh=mesh), world)
 
 
 @dataclass(frozen=True)
@@ -140,10 +134,7 @@ def world(root: Path, request: pytest.FixtureRequest) -> World:
     """What each rank of a world found."""
     name = str(request.param)
     output = root / name
-    output.mkdir()
-    mp.spawn(_rank, args=(root, output, name), nprocs=2)
-    found = [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-    return World(name, output, found)
+    return World(name, output, spawn(2, output, _in_world, root, output, name))
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,12 @@ from dpo_train.artifacts import (
     Artifact,
     Output,
     Summary,
-    code_version,
-    identity,
     open_artifact,
     produce,
 )
 from dpo_train.disk import digest_path, write_atomically
 from dpo_train.errors import StoreError
+from dpo_train.identity import code_version, identity
 
 CONFIG = {"beta": 0.1, "lora": {"rank": 4}}
 INPUTS = {"pairs": "abc"}

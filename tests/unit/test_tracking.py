@@ -10,8 +10,8 @@ import pytest
 
 from dpo_train.artifacts import Artifact, Record
 from dpo_train.config import RunConfig
+from dpo_train.describe import raw_data
 from dpo_train.errors import GateRefusedError, NotLearnedError, StoreError
-from dpo_train.launch import raw_data
 from dpo_train.progress import Reporter
 from dpo_train.registry import check_verdict
 from dpo_train.stages import register
