@@ -22,10 +22,7 @@ from dpo_train.errors import ConfigError, ModelError
 from dpo_train.model.load import Policy, load_policy, merged_model, save_policy
 from dpo_train.model.rows import build_row
 from dpo_train.model.score import check_layout, row_logps
-from dpo_train.train.optimizer import build_optimizer
-from dpo_train.train.ranks import Ranks
-from dpo_train.train.step import train_step
-from tests.tiny import random_pairs, tiny_tokenizer, with_reference
+from tests.tiny import random_pairs, tiny_tokenizer
 from tests.unit.model.families import FAMILIES, VOCABULARY, write
 
 CPU = torch.device("cpu")
@@ -371,58 +368,3 @@ def test_digest_is_of_what_is_loaded(adapter: Path, changed: Path) -> None:
     assert adapter_digest(changed) != adapter_digest(adapter)
     save_file({n: 2 * t for n, t in load_file(adapter / ADAPTER_WEIGHTS).items()}, changed / ADAPTER_WEIGHTS)
     assert len({adapter_digest(changed), adapter_digest(set_keys(changed, lora_alpha=6.0))}) == 2
-
-
-# Modules that are not trained.
-
-
-def steps(policy: Policy, base: Path) -> dict[str, bool]:
-    """Whether each weight moved in two steps with weight decay."""
-    pairs = with_reference(load(base), PAIRS)
-    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    optimizer = build_optimizer(policy.trainable().values(), CONFIG)
-    for step in range(2):
-        train_step(policy, optimizer, pairs, CONFIG, Ranks(), step=step, learning_rate=1e-2)
-    return {name: not torch.equal(before[name], p) for name, p in policy.model.named_parameters()}
-
-
-def test_frozen_modules_stay_bit_for_bit_and_all_others_move(base: Path) -> None:
-    """By the end of their names, whole layers included; weight decay does not reach them either."""
-    moved = steps(load(base, trainable=True, frozen=("embed_tokens", "layers.0", "norm")), base)
-    held = {name for name in moved if "embed_tokens" in name or ".layers.0." in name or name == "model.norm.weight"}
-    assert len(held) == 1 + 9 + 1
-    assert {name for name, has_moved in moved.items() if not has_moved} == held
-
-
-def test_whole_names_mean_one_module(base: Path) -> None:
-    """And an end of a name is one at a dot: ``proj`` means none."""
-    policy = load(base, trainable=True, frozen=("model.layers.1.mlp.up_proj",))
-    frozen = [name for name, p in policy.model.named_parameters() if not p.requires_grad]
-    assert frozen == ["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(ModelError, match=r"no such module\. Got: frozen: proj, no_such"):
-        load(base, trainable=True, frozen=("proj", "up_proj", "no_such"))
-
-
-def test_tied_matrix_is_frozen_under_either_name(tmp_path: Path) -> None:
-    """It is one matrix: the vocabulary's stays as well."""
-    folder = write(tmp_path, FAMILIES["qwen2"])
-    for name in ("embed_tokens", "lm_head"):
-        moved = steps(load(folder, trainable=True, frozen=(name,)), folder)
-        assert [n for n, has_moved in moved.items() if not has_moved] == ["model.embed_tokens.weight"]
-
-
-def test_nothing_left_to_train_is_refused(base: Path) -> None:
-    """Each name for itself is well; all together they leave nothing."""
-    with pytest.raises(ModelError, match=r"Every weight is frozen.*frozen: model, lm_head"):
-        load(base, trainable=True, frozen=("model", "lm_head"))
-
-
-def test_frozen_weights_are_saved_with_the_others(base: Path, tmp_path: Path) -> None:
-    """The output is a whole model folder."""
-    policy = move(load(base, trainable=True, frozen=("layers.0",)))
-    save_policy(policy, tmp_path, tiny_tokenizer())
-    assert torch.equal(logps(load(base, weights=tmp_path)), logps(policy))
-    stored = load_file(tmp_path / "model" / "model.safetensors")
-    before = load_file(base / "model.safetensors")
-    same = {name for name in before if torch.equal(before[name], stored[name])}
-    assert same == {name for name in before if ".layers.0." in name}
