@@ -6,8 +6,7 @@
         record.json                    written last; without it the folder does not count
 
 ``produce`` is the only way to make one. It takes a lock, reuses a complete output, and otherwise runs the stage's
-body, which either starts afresh or, if it says that it can, continues from what is there. The report's types live here
-too, so that the registry can read a verdict without importing the evaluation.
+body, which either starts afresh or, if it says that it can, continues from what is there.
 
 A store may lie at s3://. Then a stage writes into a local copy of the output's folder and publishes its files, the
 record last; whoever reads fetches what the record lists. Nothing relies on a bucket's listing being up to date.
@@ -93,25 +92,6 @@ class Summary:
     counts: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number with its 95 % confidence interval and the count it rests on."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """The gate's answer: every rule with what was asked and what was found."""
-
-    learned: bool
-    passed: bool
-    rules: tuple[Mapping[str, Any], ...]
 
 
 def local_copy(home: str) -> Path:

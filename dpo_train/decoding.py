@@ -86,33 +86,39 @@ def walk_options(kind: type, prefix: str = "") -> list[tuple[str, dataclasses.Fi
     found: list[tuple[str, dataclasses.Field[Any]]] = []
     for item in dataclasses.fields(kind):
         found.append((prefix + item.name, item))
-        inner = section_type(hints[item.name])
-        if inner is not None:
+        for inner in section_types(hints[item.name]):
             found.extend(walk_options(inner, f"{prefix}{item.name}."))
     return found
 
 
-def section_type(hint: Any) -> type | None:
-    """The dataclass behind a field's type (``X`` or ``X | None``), or None for a plain value or a list."""
+def section_types(hint: Any) -> tuple[type, ...]:
+    """The dataclasses behind a field's type: one for ``X`` or ``X | None``, none for a plain value or a list.
+
+    Several are alternatives; each has an option ``kind``, whose value names it.
+    """
     if typing.get_origin(hint) is tuple:
-        return None
-    for candidate in (hint, *typing.get_args(hint)):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+        return ()
+    candidates = (hint, *typing.get_args(hint))
+    return tuple(found for found in candidates if isinstance(found, type) and dataclasses.is_dataclass(found))
+
+
+def kind_of(section: type) -> str:
+    """The value of ``kind`` that means this alternative."""
+    return str(typing.get_args(typing.get_type_hints(section)["kind"])[0])
 
 
 def _drop_empty_sections(tree: dict[str, Any], kind: type) -> None:
     """A section of which every line is a comment reads as null in YAML; it means the defaults."""
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
-        inner = section_type(hints[item.name])
-        if inner is None or item.name not in tree:
+        sections = section_types(hints[item.name])
+        if not sections or item.name not in tree:
             continue
         if tree[item.name] is None and item.default is not None:
             del tree[item.name]
         elif isinstance(tree[item.name], dict):
-            _drop_empty_sections(tree[item.name], inner)
+            for inner in sections:
+                _drop_empty_sections(tree[item.name], inner)
 
 
 def decode(tree: dict[str, Any], kind: type[Decoded], origin: str) -> Decoded:
@@ -126,11 +132,11 @@ def decode(tree: dict[str, Any], kind: type[Decoded], origin: str) -> Decoded:
         # JSON mode keeps strictness and still lets a list be read as a tuple.
         return TypeAdapter(kind).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        lines = [_explain(problem, kind) for problem in _leaf_problems(error)]
+        lines = [_explain(problem, kind) for problem in _leaf_problems(error, kind)]
         raise ConfigError(f"{origin} has {len(lines)} mistake{'s' * (len(lines) > 1)}: " + "; ".join(lines)) from None
 
 
-def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
+def _leaf_problems(error: ValidationError, kind: type) -> list[dict[str, Any]]:
     """One problem per key: of the branches of a union that failed, the first or the deepest says enough."""
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for problem in error.errors(include_url=False):
@@ -139,41 +145,67 @@ def _leaf_problems(error: ValidationError) -> list[dict[str, Any]]:
         # An unknown key is always the last part, whatever it looks like.
         if problem["type"] == "unexpected_keyword_argument" or not (isinstance(last, str) and _is_union_tag(last)):
             path = (*path, last)
-        seen.setdefault(path, {**problem, "loc": path})
+        path, owner = _follow(path, kind)
+        seen.setdefault(path, {**problem, "loc": path, "owner": owner})
     return [problem for path, problem in seen.items() if not any(p[:-1] == path for p in seen if p)]
+
+
+def _follow(loc: tuple[Any, ...], kind: type) -> tuple[tuple[Any, ...], type | None]:
+    """The keys of a problem without the names of alternatives, which pydantic puts behind their section's.
+
+    Returns:
+        keys, and the dataclass in which the last one lies if that is one of alternatives or the item of a list.
+    """
+    path: list[Any] = []
+    section: type | None = kind
+    is_own = False
+    parts = iter(loc[:-1])
+    for part in parts:
+        path.append(part)
+        if section is None or isinstance(part, int):
+            continue
+        hint = typing.get_type_hints(section).get(part)
+        is_list = typing.get_origin(hint) is tuple
+        found = section_types(typing.get_args(hint)[0] if is_list else hint)
+        is_own |= is_list or len(found) > 1
+        if len(found) > 1:
+            name = next(parts, None)
+            found = tuple(alternative for alternative in found if kind_of(alternative) == name)
+        section = found[0] if found else None
+    return (*path, *loc[-1:]), section if is_own else None
 
 
 def _is_union_tag(part: str) -> bool:
     return not part.isidentifier() or part[0].isupper() or part in {"int", "float", "str", "bool"}
 
 
-def _item_type(kind: type, loc: tuple[Any, ...]) -> type | None:
-    """The dataclass of the items of the list in which a problem lies."""
-    for name in loc[:-2]:
-        hint = typing.get_type_hints(kind).get(name)
-        if typing.get_origin(hint) is tuple:
-            return section_type(typing.get_args(hint)[0])
-        inner = section_type(hint)
-        if inner is None:
-            return None
-        kind = inner
-    return None
-
-
 def _explain(problem: dict[str, Any], kind: type) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        known = [key for key, _ in walk_options(kind)]
-        if len(problem["loc"]) > 2 and isinstance(problem["loc"][-2], int):
-            # In an item of a list the keys are those of the item.
-            item = _item_type(kind, problem["loc"])
-            known = [f"{key.rpartition('.')[0]}.{name}" for name, _ in walk_options(item)] if item else []
-        near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
-            key.split(".")[-1], [k.split(".")[-1] for k in known], n=1
-        )
+        section, _, name = key.rpartition(".")
+        known = [option for option, _ in walk_options(kind)]
+        near: list[str] = []
+        if problem["owner"] is not None:
+            known = [f"{section}.{option}" for option, _ in walk_options(problem["owner"])]
+        else:
+            near = difflib.get_close_matches(key, known, n=1)
+        near = near or difflib.get_close_matches(name, [k.split(".")[-1] for k in known], n=1)
         full = next((k for k in known if near and (k == near[0] or k.split(".")[-1] == near[0])), None)
         return f"unknown key {key!r}" + (f" (did you mean {full!r}?)" if full else "")
     if problem["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
         return f"{key!r} is required"
+    if problem["type"] == "union_tag_not_found":
+        return f"'{key}.kind' is required: {_kinds(kind, problem['loc'])}"
+    if problem["type"] == "union_tag_invalid":
+        return f"'{key}.kind' should be {_kinds(kind, problem['loc'])}, got {problem['input']['kind']!r}"
     message = problem["msg"].removeprefix("Input ").removesuffix(".")
     return f"{key!r} {message}, got {problem['input']!r}"
+
+
+def _kinds(kind: type, loc: tuple[Any, ...]) -> str:
+    """The kinds of the section at a place, as a choice."""
+    sections: tuple[type, ...] = (kind,)
+    for part in loc:
+        sections = section_types(typing.get_type_hints(sections[0])[part])
+    *others, last = [repr(kind_of(section)) for section in sections]
+    return f"{', '.join(others)} or {last}"

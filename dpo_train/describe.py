@@ -39,7 +39,13 @@ def summary(artifact: Artifact) -> str:
     if record.stage == "evaluate":
         low, high = metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]
         return f"accuracy {metrics['heldout/accuracy']:.3f} ({low:.3f} to {high:.3f})"
-    return f"{details['model_name']} version {details['version']}"
+    return refusal(artifact) or f"{details['model_name']} version {details['version']}"
+
+
+def refusal(artifact: Artifact) -> str | None:
+    """Why the gate let nothing be registered, of an output of the stage register; None where something was."""
+    details = artifact.record.details
+    return str(details["reason"]) if details.get("registered") is False else None
 
 
 def raw_data(config: RunConfig, artifact: Artifact) -> dict[str, tuple[str, str]]:

@@ -22,14 +22,31 @@ from typing import TYPE_CHECKING, Literal
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, complete_below, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
-from dpo_train.describe import metadata, raw_data, summary, uri
-from dpo_train.errors import DpoError, StoreError
+from dpo_train.describe import metadata, raw_data, refusal, summary, uri
+from dpo_train.errors import DpoError, GateRefusedError, StoreError
+from dpo_train.preflight import check_inputs, check_store, check_tracking, use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 from dpo_train.runs import RUNS, RunFolder, store_lock
 
-__all__ = ["INPUTS", "Result", "metadata", "open_run", "parse_config", "run", "run_stage", "stored", "summary", "uri"]
+__all__ = [
+    "INPUTS",
+    "Result",
+    "check_inputs",
+    "check_store",
+    "check_tracking",
+    "metadata",
+    "open_run",
+    "parse_config",
+    "run",
+    "run_stage",
+    "stored",
+    "summary",
+    "uri",
+    "use_storage",
+]
 
 if TYPE_CHECKING:
+    from dpo_train.stages.evaluate import ChampionModel
     from dpo_train.stages.executor import Executor
     from dpo_train.tracking import Tracking
 
@@ -92,66 +109,6 @@ def close_run(config: RunConfig, run_id: str, error: BaseException) -> None:
         tracking.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error)
 
 
-def check_tracking(config: RunConfig) -> None:
-    """Asks a tracking server once whether it is there; a local file needs no question.
-
-    Raises:
-        TrackingError: it does not answer, or refuses.
-    """
-    from dpo_train.tracking import Tracking, tracking_uri
-
-    if not tracking_uri(config).startswith("http"):
-        return
-    # MLflow would try again for four minutes, with nothing to see meanwhile.
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
-    added = {key: value for key, value in patience.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        Tracking(config).check()
-    finally:
-        for key in added:
-            del os.environ[key]
-
-
-def check_store(config: RunConfig, output: str | None = None) -> None:
-    """Tries whether the store, and the output's own place if one is named, can be written.
-
-    Raises:
-        StoreError: it cannot.
-    """
-    from dpo_train.artifacts import check_writable
-
-    use_storage(config)
-    check_writable(config.store)
-    if output is not None and storage.is_remote(output):
-        check_writable(output)
-
-
-def check_inputs(config: RunConfig) -> str:
-    """Looks for data and model.
-
-    Returns:
-        digest of the raw data.
-
-    Raises:
-        UserError: one of them is missing, unreadable, or the store cannot be written.
-    """
-    from dpo_train.data.adapter import adapter_folder
-    from dpo_train.data.folder import model_folder
-    from dpo_train.data.sources import plan
-    from dpo_train.stages.prepare_inputs import check_apart, data_digests
-
-    check_apart(config)
-    check_store(config)
-    for index, source in enumerate(config.prepare.all_sources):
-        plan(source, index)
-    model_folder(config.model.path)
-    if config.model.adapter is not None:
-        adapter_folder(config.model.adapter)
-    digests = data_digests(config.prepare.all_sources)
-    return "-".join(digests.values())
-
-
 def resolve_device(config: RunConfig) -> RunConfig:
     """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again."""
     if config.compute.device != "auto":
@@ -169,7 +126,8 @@ def run(config: RunConfig) -> Result:
     """The whole flow in this process; complete outputs are reused.
 
     Raises:
-        DpoError: the user's mistake, a failed stage, or a gate that refused the model.
+        GateRefusedError: the run is complete, and its gate refused the model.
+        DpoError: the user's mistake, or a failed stage.
     """
     from dpo_train.tracking import tracking_uri
 
@@ -182,6 +140,8 @@ def run(config: RunConfig) -> Result:
         for stage, needed in INPUTS.items():
             inputs = {name: artifacts[name] for name in needed}
             artifacts[stage] = run_stage(stage, config, inputs, run_id=run_id)
+    if reason := refusal(artifacts["register"]):
+        raise GateRefusedError(reason)
     return Result(artifacts=artifacts, tracking_uri=tracking_uri(config))
 
 
@@ -228,11 +188,6 @@ def with_sft_model(config: RunConfig, made: Artifact) -> RunConfig:
     return with_model_of(made.home, config)
 
 
-def use_storage(config: RunConfig) -> None:
-    """Makes the config's section on object storage this process's."""
-    storage.use(storage.Options(**dataclasses.asdict(config.storage)))
-
-
 def run_stage(
     stage: str,
     config: RunConfig,
@@ -258,7 +213,7 @@ def run_stage(
     use_storage(config)
     with store_lock(local_copy(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
         on = with_sft_model(config, inputs["sft"]) if "sft" in inputs else config
-        artifact = _tracked(stage, on, inputs, run_id, output, events)
+        artifact = _tracked(stage, on, inputs, run_id, output, events, base=config.model.path)
         Reporter(str(events), stage).event(
             "end",
             address=artifact.address,
@@ -266,6 +221,7 @@ def run_stage(
             reused=artifact.reused,
             seconds=time.perf_counter() - start,
             summary=summary(artifact),
+            refused=refusal(artifact),
         )
     return artifact
 
@@ -277,6 +233,8 @@ def _tracked(
     run_id: str | None,
     output: Path | str | None,
     events: Path,
+    *,
+    base: str,
 ) -> Artifact:
     """The stage within its MLflow run."""
     from dpo_train.tracking import Tracking
@@ -285,11 +243,11 @@ def _tracked(
     stage_run = tracking.start_run(stage, parent=run_id, tags={"dpo.kind": "stage", "dpo.stage": stage})
     try:
         with tracking.following(stage_run, events, stage) as logged:
-            artifact = _call(stage, config, inputs, tracking, stage_run, output)
+            artifact = _call(stage, config, inputs, tracking, stage_run, output, base=base)
         _log(config, tracking, stage_run, artifact, logged)
         tracking.end(stage_run, "FINISHED")
         if run_id and stage == "register":
-            tracking.end(run_id, "FINISHED")
+            tracking.finish_pipeline(run_id, registered=refusal(artifact) is None)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         for failed in filter(None, (stage_run, run_id)):
@@ -328,7 +286,10 @@ def _call(
     tracking: Tracking,
     stage_run: str,
     output: Path | str | None,
+    *,
+    base: str,
 ) -> Artifact:
+    """``base``: the model before SFT, for the model card."""
     from dpo_train import stages
 
     executor = _executor(config)
@@ -341,10 +302,15 @@ def _call(
             config, inputs["score_reference"], executor, beta=_swept_beta(inputs), **more
         ),
         "evaluate": lambda **more: stages.evaluate(
-            config, inputs["score_reference"], inputs["train"], executor, **more
+            config,
+            inputs["score_reference"],
+            inputs["train"],
+            executor,
+            champion=_champion(config, tracking, inputs["train"]),
+            **more,
         ),
         "register": lambda **more: stages.register(
-            config, inputs["train"], inputs["evaluate"], tracking, run_id=stage_run, **more
+            config, inputs["train"], inputs["evaluate"], tracking, base=base, run_id=stage_run, **more
         ),
     }
     return calls[stage](output=output)
@@ -370,6 +336,34 @@ def _swept_beta(inputs: Mapping[str, Artifact]) -> float | None:
     if choice.record.counts["trials"]:
         check_made_from(choice, "scored", inputs["score_reference"])
     return float(choice.record.details["beta"])
+
+
+def _champion(config: RunConfig, tracking: Tracking, policy: Artifact) -> ChampionModel | None:
+    """The registered version to compare with.
+
+    A policy that has become the champion meanwhile is compared with the champion before it, as it was at first: run
+    again, the same config finds its report and its version.
+
+    Raises:
+        UserError: ``evaluate.champion`` names a version that does not exist.
+    """
+    if config.evaluate.champion is None:
+        return None
+    from dpo_train import registry
+    from dpo_train.findings import Champion
+    from dpo_train.stages.evaluate import ChampionModel
+
+    name = config.register.model_name
+    with tracking.errors():
+        found = registry.champion(tracking.client, name, config.evaluate.champion)
+        if found is not None and found.policy == policy.record.digest:
+            found = registry.champion_before(tracking.client, name)
+    if found is None or found.policy == policy.record.digest:
+        return None
+    return ChampionModel(
+        about=Champion(name=name, version=found.version, digest=found.digest),
+        fetch=lambda: registry.fetch(tracking.uri, found, storage.cache_folder() / "models"),
+    )
 
 
 @contextlib.contextmanager

@@ -183,6 +183,12 @@ class Tracking:
                 self.client.set_tag(run_id, "dpo.error", f"{type(error).__name__}: {error}"[:4000])
             self.client.set_terminated(run_id, status)
 
+    def finish_pipeline(self, run_id: str, *, registered: bool) -> None:
+        """A run whose gate refused the model is a finished one; the tag says which it is."""
+        with _mlflow_errors(self.uri):
+            self.client.set_tag(run_id, "dpo.registered", str(registered).lower())
+        self.end(run_id, "FINISHED")
+
     def errors(self) -> AbstractContextManager[None]:
         """Turns MLflow's own failures inside into TrackingErrors."""
         return _mlflow_errors(self.uri)

@@ -150,7 +150,7 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
             "evaluate_steps": 10,
             "lora": {"rank": 4, "alpha": 8.0},
         },
-        "evaluate": {"num_samples": 1, "max_sample_tokens": 8, "min_heldout_pairs": 20, "row_tokens": 256},
+        "evaluate": {"num_prompts": 4, "max_sample_tokens": 8, "min_heldout_pairs": 20, "row_tokens": 256},
         "compute": {"executor": "local", "workers": 1, "data_workers": 1},
         "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     }

@@ -23,7 +23,7 @@ from dpo_train.cli.console import Display
 from dpo_train.cli.garbage import collect_garbage
 from dpo_train.cli.processes import end_children
 from dpo_train.config import RunConfig, load_config, to_dict, to_text
-from dpo_train.errors import ConfigError, DpoError, MissingPackageError, StoreError
+from dpo_train.errors import ConfigError, DpoError, GateRefusedError, MissingPackageError, StoreError
 from dpo_train.runs import RunFolder
 
 
@@ -173,12 +173,14 @@ def _watched(config: RunConfig, arguments: argparse.Namespace, work: Callable[[D
     with Display(RunFolder.create(local_copy(config.store))) as display:
         try:
             work(display)
+            display.stop()
+            if display.refused:
+                raise GateRefusedError(display.refused)
         except BaseException as error:
             display.stop()
             code = _explain(error, display)
             _close_run(config, display, error)
             return code
-        display.stop()
         display.summary(_ui_command(arguments))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -17,11 +16,14 @@ from rich.table import Table
 
 from dpo_train.artifacts import open_artifact
 from dpo_train.progress import ENVIRONMENT_KEY, Follower
+from dpo_train.report_file import REPORT_JSON, read_report
 from dpo_train.runs import RunFolder
 
 REFRESH_SECONDS = 0.2
 LINE_SECONDS = 10.0
 """Without a terminal, progress is a line every so often."""
+SHOWN_SAMPLES = 3
+"""The report has them all."""
 
 
 class Display:
@@ -74,6 +76,12 @@ class Display:
             self._thread.join()
             self._bars.stop()
 
+    @property
+    def refused(self) -> str | None:
+        """Why the gate let nothing be registered."""
+        version = self._end_of("register")
+        return None if version is None else version["refused"]
+
     def print(self, text: Any) -> None:
         self._console.print(text)
 
@@ -112,15 +120,16 @@ class Display:
         end = self._end_of("evaluate")
         if end is None:
             return
-        report = json.loads(open_artifact(end["path"]).file("report.json").read_text(encoding="utf-8"))
+        report = read_report(open_artifact(end["path"]).file(REPORT_JSON).parent)
         self._console.print("\nheld-out pairs (95 % interval)")
-        for name in ("heldout/accuracy", "heldout/margin"):
-            e = report["estimates"][name]
-            interval = f"({e['low']:.3f} to {e['high']:.3f}, n = {e['n']})"
-            self._console.print(f"  {name.removeprefix('heldout/'):10s} {e['value']:.3f}  {interval}")
+        for name in ("accuracy", "margin"):
+            self._console.print(f"  {name:10s} {_estimate(report['findings']['heldout'][name])}")
+        if not report["verdict"]["passed"]:
+            self._console.print()
+            self._console.print(_rule_table(report["verdict"]["rules"]))
         if report["samples"]:
             self._console.print()
-            self._console.print(_sample_table(report["samples"]))
+            self._console.print(_sample_table(report["samples"][:SHOWN_SAMPLES]))
         self.note(f"report: {end['path']}/report.html")
 
     def print_table(self) -> None:
@@ -289,15 +298,36 @@ def _numbers(event: dict[str, Any], rate: float) -> str:
     return "  ".join(parts)
 
 
-def _sample_table(samples: list[dict[str, str]]) -> Table:
-    table = Table(title="samples on held-out prompts", title_justify="left", show_lines=True)
-    for name in ("prompt", "reference", "policy"):
-        table.add_column(name, ratio=1, overflow="fold")
-    for sample in samples:
-        # Control characters of a model's answer must not reach the terminal.
-        table.add_row(*(escape(_printable(sample[name])) for name in ("prompt", "reference", "policy")))
+def _estimate(found: dict[str, Any]) -> str:
+    """Value, interval and n of an estimate in report.json."""
+    value, low, high = ("?" if found[end] is None else f"{found[end]:.3f}" for end in ("value", "low", "high"))
+    return f"{value}  ({low} to {high}, n = {found['n']})"
+
+
+def _rule_table(rules: list[dict[str, Any]]) -> Table:
+    """What the gate said, rule by rule."""
+    table = Table(title="the gate", title_justify="left")
+    for column in ("rule", "", "limit", "found (95 % interval)", "why"):
+        table.add_column(column, overflow="fold")
+    for rule in rules:
+        found = _estimate(rule["found"]) if rule["found"] else ""
+        cells = (rule["rule"], rule["outcome"].replace("_", " "), rule["limit"], found, rule["reason"])
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     return table
 
 
-def _printable(text: str) -> str:
+def _sample_table(samples: list[dict[str, Any]]) -> Table:
+    """The answers of reference, policy and, if there is one, champion."""
+    names = [name for name in ("reference", "policy", "champion") if any(name in s["answers"] for s in samples)]
+    table = Table(title="samples on held-out prompts", title_justify="left", show_lines=True)
+    for name in ("prompt", *names):
+        table.add_column(name, ratio=1, overflow="fold")
+    for sample in samples:
+        # Control characters of a model's answer must not reach the terminal.
+        texts = (sample["prompt"], *(sample["answers"].get(name, "") for name in names))
+        table.add_row(*(escape(printable(text)) for text in texts))
+    return table
+
+
+def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import commands
+from dpo_train.cli import chat, commands, export, models
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -20,6 +20,9 @@ start here:
   dpo run my.yaml                           the whole pipeline on this machine
   dpo run my.yaml train.beta=0.2            the same with another beta; only what depends on it runs again
   dpo ui my.yaml                            browse runs and models in MLflow
+  dpo chat my.yaml                          talk to champion, challenger and reference side by side
+  dpo promote my.yaml                       make the challenger the champion
+  dpo export my.yaml FOLDER                 the champion as a plain Hugging Face folder
 
 exit codes: 0 success; 1 the run failed; 2 a mistake in what was given; 3 complete, but the gate refused the model;
 130 interrupted (the same command continues from the last complete output)
@@ -67,6 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     compiling.set_defaults(command=commands.compile_pipeline)
     ui = _with_config(subparsers, "ui", "browse runs and models in MLflow", commands.ui)
     ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    promote = _with_config(subparsers, "promote", "make a registered version the champion", models.promote)
+    promote.add_argument("--version", metavar="N", help="number or alias of the version (default: the challenger)")
+    _with_config(subparsers, "rollback", "make the champion before this one champion again", models.rollback)
+    _with_config(subparsers, "chat", chat.HELP, chat.chat, chat.add_arguments)
+    _with_config(subparsers, "export", export.HELP, export.export, export.add_arguments)
     _with_config(subparsers, "config", "print the resolved config", commands.show_config)
     init = subparsers.add_parser("init", help="write a commented config for your own data and model")
     init.add_argument("path", type=Path, nargs="?", default=Path("dpo-config.yaml"), help="default: %(default)s")
@@ -88,9 +96,11 @@ def _with_config(
     name: str,
     text: str,
     command: Callable[[argparse.Namespace], int],
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("config", type=Path, help="YAML file (`dpo init` writes one)")
+    add_arguments(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replace single values, e.g. train.beta=0.2"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from dpo_train.config import RunConfig
-from dpo_train.decoding import section_type
+from dpo_train.decoding import kind_of, section_types
 
 _HEAD = """\
 # Config of dpo. A line such as "#beta: 0.1" shows a default: remove its "#" to change it.
@@ -18,6 +18,14 @@ _HEAD = """\
 """
 
 _REQUIRED = {"model.path": "./my-model", "prepare.path": "./my-pairs.jsonl"}
+
+_EXAMPLES = {
+    "function": "my_rewards:helpful",
+    "path": "./my-reward-model",
+    "url": "https://judge.example/v1",
+    "model": "my-judge",
+}
+"""Values of required keys in sections that are shown on one line."""
 
 
 def commented_config() -> str:
@@ -43,14 +51,18 @@ def _section(kind: type, prefix: str, depth: int) -> list[str]:
     lines = []
     for item in dataclasses.fields(kind):
         key = prefix + item.name
-        inner = section_type(hints[item.name])
+        sections = section_types(hints[item.name])
         indent = "  " * depth
-        if inner is not None:
+        if sections:
             lines += ["", f"{indent}# {item.metadata['help']}"]
+        for inner in sections:
+            if len(sections) > 1:
+                lines.append(f"{indent}# {kind_of(inner)}: {_about(inner)}")
             if item.default is None:  # an optional section: naming it switches it on
                 lines.append(f"{indent}#{item.name}: {_inline(inner)}")
             else:
                 lines += [f"{indent}{item.name}:", *_section(inner, f"{key}.", depth + 1)]
+        if sections:
             continue
         lines.append(f"{indent}# {item.metadata['help']}")
         if key in _REQUIRED:
@@ -61,24 +73,41 @@ def _section(kind: type, prefix: str, depth: int) -> list[str]:
 
 
 def _inline(kind: type) -> str:
-    """A section's defaults on one line."""
-    return "{" + ", ".join(f"{item.name}: {_text(item)}" for item in dataclasses.fields(kind)) + "}"
+    """A section's defaults on one line, with examples for what is required."""
+    shown = []
+    for item in dataclasses.fields(kind):
+        if item.default is not dataclasses.MISSING:
+            value = _text(item)
+        else:
+            value = kind_of(kind) if item.name == "kind" else _EXAMPLES[item.name]
+        shown.append(f"{item.name}: {value}")
+    return "{" + ", ".join(shown) + "}"
 
 
-def _tables(kind: type, prefix: str) -> list[str]:
+def _about(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+def _tables(kind: type, prefix: str, name: str = "") -> list[str]:
+    """The section's table and those of its sections; ``name`` tells alternatives apart."""
     hints = typing.get_type_hints(kind, include_extras=True)
     rows, inner_blocks = ["| key | type | default | meaning |", "|---|---|---|---|"], []
     for item in dataclasses.fields(kind):
-        inner = section_type(typing.get_type_hints(kind)[item.name])
-        if inner is not None:
-            inner_blocks += _tables(inner, f"{prefix}{item.name}.")
+        sections = section_types(typing.get_type_hints(kind)[item.name])
+        for inner in sections:
+            alternative = f" (kind: {kind_of(inner)})" if len(sections) > 1 else ""
+            inner_blocks += _tables(inner, f"{prefix}{item.name}.", alternative)
+        if sections:
             continue
         default = "required" if item.default is dataclasses.MISSING else f"`{_text(item)}`"
-        shown = _type_text(hints[item.name]).replace("|", "\\|")
-        rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {item.metadata['help'].replace('<', '&lt;')} |")
-    title = f"## {prefix.rstrip('.')}" if prefix else "## Top level"
-    about = (kind.__doc__ or "").strip().splitlines()[0]
-    return [title, about, "\n".join(rows), *inner_blocks]
+        shown, help_text = _cell(_type_text(hints[item.name])), _cell(item.metadata["help"]).replace("<", "&lt;")
+        rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {help_text} |")
+    title = f"## {prefix.rstrip('.')}{name}" if prefix else "## Top level"
+    return [title, _about(kind), "\n".join(rows), *inner_blocks]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _type_text(hint: Any) -> str:
@@ -91,7 +120,7 @@ def _type_text(hint: Any) -> str:
                  if text.startswith(f"{name}(")]  # fmt: skip
         return " ".join([_type_text(parameters[0]), " and ".join(shown)]).strip()
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, parameters))
+        return ("one of " if len(parameters) > 1 else "") + ", ".join(map(str, parameters))
     if dataclasses.is_dataclass(hint):
         return "mappings with keys of its section"
     if hint is JsonValue:

@@ -9,30 +9,28 @@ identity of an output (see artifacts.py).
 
 from dpo_train.config.checks import ranking_mistakes
 from dpo_train.config.data import Format, PrepareConfig, ScoreConfig, SourceConfig, Split, Truncation
+from dpo_train.config.evaluation import EvaluateConfig, GateConfig, RegisterConfig
+from dpo_train.config.judging import EndpointJudge, FunctionJudge, JudgeConfig, RewardModelJudge
 from dpo_train.config.kinds import check_alias
 from dpo_train.config.loading import load_config, parse_config, to_dict, to_text
-from dpo_train.config.run import (
-    ComputeConfig,
-    EvaluateConfig,
-    GateConfig,
-    RegisterConfig,
-    RunConfig,
-    StorageConfig,
-    TrackingConfig,
-)
+from dpo_train.config.run import ComputeConfig, RunConfig, StorageConfig, TrackingConfig
 from dpo_train.config.training import FitConfig, LoraConfig, Loss, ModelConfig, SftConfig, SweepConfig, TrainConfig
 
 __all__ = [
     "ComputeConfig",
+    "EndpointJudge",
     "EvaluateConfig",
     "FitConfig",
     "Format",
+    "FunctionJudge",
     "GateConfig",
+    "JudgeConfig",
     "LoraConfig",
     "Loss",
     "ModelConfig",
     "PrepareConfig",
     "RegisterConfig",
+    "RewardModelJudge",
     "RunConfig",
     "ScoreConfig",
     "SftConfig",

@@ -6,6 +6,7 @@ import dataclasses
 
 from dpo_train import objective
 from dpo_train.config.data import PrepareConfig, SourceConfig
+from dpo_train.config.judging import FunctionJudge, RewardModelJudge
 from dpo_train.config.run import RunConfig
 from dpo_train.config.training import FitConfig, TrainConfig
 from dpo_train.errors import ConfigError
@@ -46,12 +47,16 @@ def check(config: RunConfig, origin: str) -> None:
         "either every source has a weight or none": (
             len({source.weight is None for source in prepare.sources if source.split in {None, "train"}}) > 1
         ),
-        "model.quantization needs whole weights on each worker, so compute.shard=on and compute.tensor_parallel do not "
-        "go with it": (
+        "model.quantization needs whole weights on each worker, so compute.shard=on, compute.score_sharded and "
+        "compute.tensor_parallel do not go with it": (
             config.model.quantization is not None
-            and (config.compute.shard == "on" or config.compute.tensor_parallel > 1)
+            and (config.compute.shard == "on" or config.compute.score_sharded or config.compute.tensor_parallel > 1)
+        ),
+        "compute.score_sharded needs several workers (compute.workers, and compute.executor=ray)": (
+            config.compute.score_sharded and (config.compute.workers == 1 or config.compute.executor == "local")
         ),
         **_tensor_parallel_mistakes(config),
+        **_evaluation_mistakes(config),
         "prepare.chat_template and prepare.template_options have no meaning with prepare.template=plain": (
             prepare.template == "plain" and (prepare.chat_template is not None or prepare.template_options)
         ),
@@ -97,6 +102,35 @@ def _tensor_parallel_mistakes(config: RunConfig) -> dict[str, bool]:
         "compute.tensor_parallel needs several workers, and each trial of a sweep is one": bool(config.sweep.betas),
     }
     return wrong if compute.tensor_parallel > 1 else {}
+
+
+def _evaluation_mistakes(config: RunConfig) -> dict[str, bool]:
+    section, gate = config.evaluate, config.evaluate.gate
+    by_judge = {name: getattr(gate, name) is not None for name in ("min_win_rate", "min_win_rate_champion")}
+    by_samples = {name: getattr(gate, name) is not None for name in ("max_kl", "max_length_growth")}
+    return {
+        **{
+            f"evaluate.gate.{name} needs evaluate.judge": is_set and not section.judge
+            for name, is_set in by_judge.items()
+        },
+        **{
+            f"evaluate.gate.{name} needs sampled answers, but evaluate.num_prompts is 0": is_set
+            and not section.num_prompts
+            for name, is_set in by_samples.items()
+        },
+        "evaluate.judge needs sampled answers, but evaluate.num_prompts is 0": (
+            section.judge is not None and not section.num_prompts
+        ),
+        "evaluate.temperatures is empty, and answers are sampled at some temperature": (
+            not section.temperatures and section.num_prompts > 0
+        ),
+        "evaluate.best_of needs a judge that rewards an answer by itself (kind: function or reward_model)": (
+            section.best_of is not None and not isinstance(section.judge, FunctionJudge | RewardModelJudge)
+        ),
+        "evaluate.best_of needs different answers, and at temperature 0 they are all the same": (
+            section.best_of is not None and section.temperatures[:1] == (0.0,)
+        ),
+    }
 
 
 def ranking_mistakes(train: TrainConfig) -> list[str]:

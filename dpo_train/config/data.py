@@ -26,6 +26,7 @@ class SourceConfig:
         help="a file, folder or glob (.jsonl .json .csv .tsv .parquet .arrow, also .gz .zst), here or at s3://; a "
         "folder that `datasets` saved; or hf://NAME, a data set of the Hugging Face hub"
     )
+    name: str | None = option(None, "name of the set in reports and rules; default: the end of its path")
     format: Format = option("auto", "what the records look like (docs/data.md); auto: recognised by their fields")
     fields: dict[str, str] | None = option(
         None, "your own columns: {prompt: question, chosen: better, rejected: worse}; a dot goes into nested fields"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train.config.checks import check
+from dpo_train.config.judging import DEFAULT_PROMPTS, EndpointJudge, JudgeConfig, RewardModelJudge
 from dpo_train.config.run import RunConfig
 from dpo_train.decoding import apply_override, decode, parse_yaml
 from dpo_train.errors import ConfigError
@@ -60,10 +61,6 @@ def to_text(config: RunConfig) -> str:
 
 def _absolute(config: RunConfig) -> RunConfig:
     replace = dataclasses.replace
-    model_path = config.model.path
-    # A hub name ("org/model") stays as it is unless a folder of that name exists here.
-    if model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists():
-        model_path = _absolute_path(model_path)
     prepare = config.prepare
     prepare = replace(
         prepare,
@@ -75,10 +72,27 @@ def _absolute(config: RunConfig) -> RunConfig:
     return replace(
         config,
         store=_absolute_path(config.store.rstrip("/") or "/"),
-        model=replace(config.model, path=model_path, adapter=_absolute_or_none(config.model.adapter)),
+        model=replace(
+            config.model, path=_absolute_model(config.model.path), adapter=_absolute_or_none(config.model.adapter)
+        ),
         prepare=prepare,
+        evaluate=replace(config.evaluate, judge=_absolute_judge(config.evaluate.judge)),
         storage=replace(config.storage, cache=_absolute_or_none(config.storage.cache)),
     )
+
+
+def _absolute_judge(judge: JudgeConfig | None) -> JudgeConfig | None:
+    if isinstance(judge, RewardModelJudge):
+        return dataclasses.replace(judge, path=_absolute_model(judge.path))
+    if isinstance(judge, EndpointJudge) and judge.prompt not in DEFAULT_PROMPTS:
+        return dataclasses.replace(judge, prompt=_absolute_path(judge.prompt))
+    return judge
+
+
+def _absolute_model(path: str) -> str:
+    """A hub name ("org/model") stays as it is unless a folder of that name exists here."""
+    is_here = path.startswith((".", "/", "~")) or Path(path).expanduser().exists()
+    return _absolute_path(path) if is_here else path
 
 
 def _absolute_path(path: str) -> str:

@@ -1,50 +1,16 @@
-"""Evaluation, registration, machines, and the whole run."""
+"""Machines, and the whole run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from dpo_train.config.data import PrepareConfig, ScoreConfig
-from dpo_train.config.kinds import STRICT, Alias, Count, ModelName, Seed, option
+from dpo_train.config.evaluation import EvaluateConfig, RegisterConfig
+from dpo_train.config.kinds import STRICT, Count, Seed, option
 from dpo_train.config.training import ModelConfig, SftConfig, SweepConfig, TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateConfig:
-    """Rules that a report must pass before its model is registered."""
-
-    __pydantic_config__ = STRICT
-
-    min_accuracy: Annotated[float, Ge(0), Le(1)] = option(
-        0.5, "the lower 95 % bound of held-out accuracy must lie above this"
-    )
-    min_margin: float = option(0.0, "the held-out mean reward margin must lie above this")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """policy and held-out pairs -> report with a verdict"""
-
-    __pydantic_config__ = STRICT
-
-    num_samples: Annotated[int, Ge(0)] = option(3, "held-out prompts answered by the reference and by the policy")
-    max_sample_tokens: Count = option(64, "longest sampled answer")
-    min_heldout_pairs: Count = option(100, "refuse to judge on fewer held-out pairs")
-    row_tokens: Count = option(2048, "tokens per packed row while scoring")
-    gate: GateConfig = field(default_factory=GateConfig, metadata={"help": "rules for the registration"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegisterConfig:
-    """report and policy -> model version"""
-
-    __pydantic_config__ = STRICT
-
-    model_name: ModelName = option("dpo-policy", "name of the registered model in MLflow")
-    alias: Alias = option("challenger", "alias that the new version gets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +35,11 @@ class ComputeConfig:
         "keeps each layer's input alone",
     )
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile of each layer; auto: on GPUs")
+    score_sharded: bool = option(
+        False,
+        "score, and sample, on the training workers together, each holding a share of every weight: for models that do "
+        "not fit one worker",
+    )
     max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
 
 

@@ -23,13 +23,15 @@ _STORED = re.compile(rf"(.+/[a-z_]+/[0-9a-f]{{16}})/{MODEL_FOLDER}/?")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".index.json")
 
 
-def model_folder(path: str) -> Path:
+def model_folder(path: str, option: str = "model.path") -> Path:
     """The local folder of a model: the path itself, or a copy of what lies at s3:// or on the hub, fetched if need be.
+
+    ``option`` is where the path was given.
 
     Raises:
         ModelError: neither a model folder nor a hub name that can be reached.
     """
-    fix = "set model.path to a folder or a hub name"
+    fix = f"set {option} to a folder or a hub name"
     folder = _of_output(path) or fetched(path, "model", fix) if storage.is_remote(path) else Path(path)
     if folder.is_dir():
         return _checked(folder)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_train.artifacts import Estimate
 from dpo_train.data.packing import pack
 from dpo_train.data.pairs import SPLITS
 from dpo_train.data.profile import KEPT, NAME_CHARS, PARTS, UNKNOWN_SOURCE, Example, Profile
 from dpo_train.data.report_page import to_html
 from dpo_train.disk import write_atomically
+from dpo_train.findings import Estimate
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"

@@ -1,169 +1,156 @@
-"""The report: report.json for machines, report.html for people (one file, plots inside)."""
+"""The report: report.json for machines, report.html for people (one file, plots inside), and flat metrics for records.
+
+P: held-out pairs.
+"""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
+import numpy.typing as npt
 
-from dpo_train.artifacts import Estimate, Verdict
 from dpo_train.disk import write_atomically
-from dpo_train.evaluate.preference import Preferences
+from dpo_train.evaluate.report_page import to_html
+from dpo_train.findings import Comparison, Estimate, Findings, SampleFindings, SetFindings, Verdict
+from dpo_train.report_file import REPORT_HTML, REPORT_JSON, SCHEMA_VERSION
 
-REPORT_JSON = "report.json"
-REPORT_HTML = "report.html"
-SCHEMA_VERSION = 1
+Floats = npt.NDArray[np.float64]
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9_. -]{0,58}[A-Za-z0-9_-])?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One prompt with both answers."""
+    """One held-out prompt with the answers to it."""
 
     prompt: str
-    reference: str
-    policy: str
+    answers: Mapping[str, str]
+    """By who gave them, in the order to show: "chosen (data)", "reference", "policy", "champion"."""
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By the same names a few words on an answer: "won against reference", "cut off"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """All that an evaluation found."""
 
-    beta: float
-    preferences: Preferences
+    findings: Findings
     verdict: Verdict
     samples: Sequence[Sample]
+    margins_P: Floats
+    """Reward margins of all held-out pairs."""
+    length_differences_P: npt.NDArray[Any]
+    """Tokens of the chosen minus tokens of the rejected answer, of the same pairs."""
     history: Sequence[Mapping[str, float]]
+    """Steps of the training."""
     identity: Mapping[str, str]
+    """By name the digests of what was evaluated."""
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes both files."""
-    write_atomically(folder / REPORT_JSON, json.dumps(to_dict(report), indent=2) + "\n")
-    write_atomically(folder / REPORT_HTML, to_html(report))
+    content = to_dict(report)
+    plotted = report.margins_P, report.length_differences_P, report.history
+    write_atomically(folder / REPORT_JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / REPORT_HTML, to_html(content, *plotted))
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """The report as JSON types, without the per-pair margins."""
+    """The report as JSON types, without the numbers of single pairs and steps. What is not finite becomes None."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "beta": report.beta,
-        "estimates": {name: dataclasses.asdict(value) for name, value in estimates(report.preferences).items()},
-        "verdict": dataclasses.asdict(report.verdict),
-        "samples": [dataclasses.asdict(sample) for sample in report.samples],
+        "findings": _finite(dataclasses.asdict(report.findings)),
+        "verdict": _finite(dataclasses.asdict(report.verdict)),
+        "samples": [
+            {"prompt": sample.prompt, "answers": dict(sample.answers), "notes": dict(sample.notes)}
+            for sample in report.samples
+        ],
         "identity": dict(report.identity),
     }
 
 
-def estimates(preferences: Preferences) -> dict[str, Estimate]:
-    """The estimates by the names that people see."""
+def metrics(findings: Findings) -> dict[str, float]:
+    """The numbers by flat names for records, MLflow and Kubeflow: ``heldout/accuracy``, ``set/<name>/accuracy``,
+    ``samples/kl``, ``judge/<opponent>/win_rate`` and so on, the bounds of intervals as ``_low`` and ``_high``.
+
+    Samples and judge: at the first temperature only. Left out: what is not finite, and a win rate with a problem.
+    """
+    found: dict[str, Estimate | float | None] = dict(_set_numbers("heldout", findings.heldout))
+    for part in findings.sets:
+        found |= _set_numbers(f"set/{_metric_name(part.name)}", part)
+    if findings.divergence:
+        found |= {"samples/kl": findings.divergence.kl, "samples/kl_per_token": findings.divergence.per_token}
+    # The first of each name wins: temperatures stand in the order of the config.
+    for sampled in reversed(findings.samples):
+        prefix = "samples" if sampled.model == "policy" else f"samples/{sampled.model}"
+        found |= _sample_numbers(prefix, sampled)
+    for comparison in reversed(findings.comparisons):
+        found |= _judge_numbers(f"judge/{_metric_name(comparison.opponent)}", comparison)
+    return dict(_flat(found))
+
+
+def _set_numbers(prefix: str, part: SetFindings) -> dict[str, Estimate | float | None]:
+    bias = part.length_bias
     return {
-        "heldout/accuracy": preferences.accuracy,
-        "heldout/margin": preferences.margin,
-        "heldout/reward_chosen": preferences.chosen_reward,
-        "heldout/reward_rejected": preferences.rejected_reward,
+        f"{prefix}/accuracy": part.accuracy,
+        f"{prefix}/margin": part.margin,
+        f"{prefix}/reward_chosen": part.chosen_reward,
+        f"{prefix}/reward_rejected": part.rejected_reward,
+        f"{prefix}/calibration_error": part.calibration_error,
+        f"{prefix}/length_correlation": bias.correlation,
+        f"{prefix}/prefers_longer": bias.prefers_longer,
+        f"{prefix}/likelihood_gain": part.likelihood.difference,
+        f"{prefix}/champion_gain": part.champion.difference if part.champion else None,
+        f"{prefix}/drop": part.drop,
     }
 
 
-def to_html(report: Report) -> str:
-    """One self-contained page; all text from data and model is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(
-        report=report,
-        verdict=report.verdict,
-        estimates=estimates(report.preferences),
-        margins_plot=_plot_margins(report),
-        history_plot=_plot_history(report),
-    )
+def _sample_numbers(prefix: str, sampled: SampleFindings) -> dict[str, Estimate | float | None]:
+    names = ("length", "length_ratio", "repetition", "distinct_1", "distinct_2", "empty", "truncated")
+    return {f"{prefix}/{name}": getattr(sampled, name) for name in names}
 
 
-def _plot_margins(report: Report) -> str:
-    figure, axes = _figure()
-    margins_P = report.preferences.margins_P
-    # Margins that are all but equal would leave bins of no width.
-    room = max(1e-6, 1e-3 * float(np.abs(margins_P).max()))
-    axes.hist(margins_P, bins=40, range=(margins_P.min() - room, margins_P.max() + room), color="#4477aa")
-    axes.axvline(0, color="#222222", linewidth=1)
-    axes.set_xlabel("reward margin of a held-out pair (chosen - rejected)")
-    axes.set_ylabel("pairs")
-    return _png(figure)
+def _judge_numbers(prefix: str, comparison: Comparison) -> dict[str, Estimate | float | None]:
+    return {
+        f"{prefix}/win_rate": None if comparison.problem else comparison.win_rate,
+        f"{prefix}/unjudged": float(comparison.unjudged),
+        f"{prefix}/first_wins": comparison.first_wins,
+        f"{prefix}/agreement": comparison.agreement,
+    }
 
 
-def _plot_history(report: Report) -> str:
-    figure, axes = _figure()
-    steps = [line["step"] + 1 for line in report.history]
-    axes.plot(steps, [line["loss"] for line in report.history], color="#4477aa", label="loss")
-    measured = [line for line in report.history if "validation/loss" in line]
-    if measured:
-        at, losses = [line["step"] + 1 for line in measured], [line["validation/loss"] for line in measured]
-        axes.plot(at, losses, "o", color="#222222", markersize=4, label="validation loss")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    right = axes.twinx()
-    # Both sides, not their difference alone: a margin may also grow while both answers become unlikely.
-    for side, color, style in (("margin", "#cc6677", "-"), ("chosen", "#228833", "--"), ("rejected", "#aa3377", ":")):
-        values = [line[f"rewards/{side}"] for line in report.history]
-        right.plot(steps, values, style, color=color, label=f"reward {side}" if side == "margin" else side)
-    right.set_ylabel("reward")
-    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
-    return _png(figure)
+def _flat(numbers: Mapping[str, Estimate | float | None]) -> Iterator[tuple[str, float]]:
+    for name, found in numbers.items():
+        if isinstance(found, Estimate):
+            parts = {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        else:
+            parts = {} if found is None else {name: found}
+        yield from ((part, value) for part, value in parts.items() if math.isfinite(value))
 
 
-def _figure() -> tuple[Any, Any]:
-    # The object interface: pyplot would keep figures alive and look for a display.
-    from matplotlib.figure import Figure
+def _metric_name(name: str) -> str:
+    """A name as MLflow takes it, and no other name's.
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
+    What is short and plain stays. Else a digest goes behind a colon, which no plain name has.
+    """
+    if _PLAIN_NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{re.sub('[^A-Za-z0-9_-]+', '_', name)[:40]}:{digest}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>DPO evaluation</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
- table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .4rem .6rem; vertical-align: top;
- border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
- .pair { table-layout: fixed } img { max-width: 100% } pre { white-space: pre-wrap; margin: 0;
- font: inherit; unicode-bidi: isolate } .verdict { padding: .8rem 1rem; border-left: .4rem solid } .yes { border-color:
- #228833; background: #eef7ee } .no { border-color: #cc3311; background: #fbeeee } code { font-size: .85em }
-</style></head><body>
-<h1>DPO evaluation</h1>
-<p class="verdict {{ 'yes' if verdict.passed else 'no' }}">
-{% if verdict.passed %}<b>Passed.</b> The policy prefers the chosen answers on held-out pairs, and every rule holds.
-{% elif verdict.learned %}<b>Refused by the gate.</b> The policy learned, but not every rule holds.
-{% else %}<b>Not learned.</b> On held-out pairs the policy is not better than chance.{% endif %}</p>
-<h2>Held-out pairs</h2>
-<p>Reward: beta &times; log(policy / reference), beta = {{ report.beta }}. Ties count half.</p>
-<table><tr><th>measure</th><th>value</th><th>95&nbsp;% interval</th><th>n</th></tr>
-{% for name, e in estimates.items() %}<tr><td>{{ name }}</td><td>{{ '%.4f' % e.value }}</td>
-<td>{{ '%.4f' % e.low }} to {{ '%.4f' % e.high }}</td><td>{{ e.n }}</td></tr>{% endfor %}</table>
-<p><img alt="Histogram of reward margins" src="data:image/png;base64,{{ margins_plot }}"></p>
-<h2>Gate</h2>
-<table><tr><th>rule</th><th>found</th><th>must exceed</th><th></th></tr>
-{% for rule in verdict.rules %}<tr><td>{{ rule.rule }}</td><td>{{ '%.4f' % rule.found }}</td>
-<td>{{ rule.must_exceed }}</td><td>{{ 'passed' if rule.passed else 'failed' }}</td></tr>{% endfor %}</table>
-<h2>Training</h2>
-<p><img alt="Loss and rewards by step" src="data:image/png;base64,{{ history_plot }}"></p>
-<h2>Samples</h2>
-{% for sample in report.samples %}<table class="pair"><tr><th colspan="2"><pre>{{ sample.prompt }}</pre></th></tr>
-<tr><th>reference</th><th>policy</th></tr>
-<tr><td><pre>{{ sample.reference }}</pre></td><td><pre>{{ sample.policy }}</pre></td></tr></table>
-{% else %}<p>No samples were asked for.</p>{% endfor %}
-<h2>Identity</h2>
-<table>{% for name, value in report.identity.items() %}<tr><td>{{ name }}</td><td><code>{{ value }}</code></td></tr>
-{% endfor %}</table>
-</body></html>
-"""
+def _finite(value: Any) -> Any:
+    """The tree with None in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

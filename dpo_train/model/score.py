@@ -6,7 +6,7 @@ A: answer tokens, T: tokens of a plain sequence, P: pairs, V: vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,10 +32,18 @@ def row_logps(policy: Policy, row: Row, *, with_squares: bool = False, with_rout
 
 
 @torch.no_grad()
-def score_pairs(policy: Policy, pairs: Sequence[TokenPair], row_tokens: int) -> list[tuple[Logps, ...]]:
-    """Per-token log-probs of each pair's answers, float32: chosen, rejected, and the others of a ranking."""
+def score_pairs(
+    policy: Policy, pairs: Sequence[TokenPair], row_tokens: int, *, most: Callable[[float], float] = float
+) -> list[tuple[Logps, ...]]:
+    """Per-token log-probs of each pair's answers, float32: chosen, rejected, and the others of a ranking.
+
+    ``most`` gives the largest of a number on all ranks. A sharded policy's weights are gathered by all of them at once,
+    so whoever has fewer rows does its last one again.
+    """
     scores: dict[int, tuple[Logps, ...]] = {}
-    for members in pack([pair.num_tokens for pair in pairs], row_tokens):
+    rows = pack([pair.num_tokens for pair in pairs], row_tokens)
+    for number in range(int(most(len(rows)))):
+        members = rows[min(number, len(rows) - 1)]
         row_pairs = [pairs[index] for index in members]
         token_logps = row_logps(policy, build_row(row_pairs).to(policy.device)).token_logps_A.cpu().numpy()
         place = 0

@@ -30,12 +30,15 @@ def load_sharded(
     *,
     device: torch.device,
     lora: LoraConfig | None = None,
+    trainable: bool = True,
     seed: int = 0,
+    weights: Path | None = None,
+    frozen_base: bool = True,
     frozen: Sequence[str] = (),
     mesh: DeviceMesh | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Policy:
-    """A policy to train, sharded over all ranks of the default process group, and checked. All ranks call at once.
+    """A policy, sharded over all ranks of the default process group, and checked. All ranks call at once.
 
     Arguments are those of ``load_policy``. With a ``mesh`` of ``tensor_parallel.build_mesh`` layers' matrices are cut
     among the ranks of a tensor group. ``tell`` is told where every rank has to load the whole model first.
@@ -44,7 +47,15 @@ def load_sharded(
         ModelError: as ``load_policy``, ``parallelize`` and ``check_layout``; the checkpoint does not fit the model's
             config; or the model does not say which of its modules are layers.
     """
-    options: dict[str, Any] = {"device": device, "lora": lora, "trainable": True, "seed": seed, "frozen": frozen}
+    options: dict[str, Any] = {
+        "device": device,
+        "lora": lora,
+        "trainable": trainable,
+        "seed": seed,
+        "weights": weights,
+        "frozen_base": frozen_base,
+        "frozen": frozen,
+    }
     policy, skeleton = _load(config, options, tell)
     if skeleton is not None:
         skeleton.drop_memory()
@@ -63,7 +74,7 @@ def _load(config: ModelConfig, options: dict[str, Any], tell: Callable[[str], No
     skeleton, reason = Skeleton(), None
     if config.quantization is not None:
         reason = "its weights are quantised as they are loaded"
-    elif config.adapter is not None and options["lora"] is None:
+    elif config.adapter is not None and _merges_adapter(options):
         reason = "the adapter that it has is merged into its weights"
     else:
         try:
@@ -72,6 +83,11 @@ def _load(config: ModelConfig, options: dict[str, Any], tell: Callable[[str], No
             reason = str(error)
     tell(f"note: every rank loads the whole model before it keeps its share, because {reason}")
     return load_policy(config, **options), None
+
+
+def _merges_adapter(options: dict[str, Any]) -> bool:
+    """Whether ``load_policy`` would merge the adapter that the model has."""
+    return (options["trainable"] and options["lora"] is None) or not options["frozen_base"]
 
 
 def save_sharded(policy: Policy, target: Path, tokenizer: Any, *, keep: bool) -> None:

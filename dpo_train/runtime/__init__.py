@@ -1,5 +1,5 @@
 """Everything that knows Ray.
 
 session.ray_session: start Ray or attach to it        executor.RayExecutor: what stages ask for
-data_job: Ray Data     train_job: Ray Train     sweep_job: Ray Tune     failures: retry or raise
+data_job: Ray Data     rank_job: Ray Train     sweep_job: Ray Tune     failures: retry or raise
 """

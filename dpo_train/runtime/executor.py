@@ -8,11 +8,11 @@ import pyarrow as pa
 
 from dpo_train.config import ComputeConfig
 from dpo_train.stages.executor import TableFunction
-from dpo_train.train.job import TrainJob
+from dpo_train.train.job import RankJob
 
 
 class RayExecutor:
-    """Ray Data for tables, Ray Train for a training, Ray Tune for trials. Attaches to Ray when first asked."""
+    """Ray Data for tables, Ray Train for work of ranks, Ray Tune for trials. Attaches to Ray when first asked."""
 
     def __init__(self, compute: ComputeConfig) -> None:
         self._compute = compute
@@ -24,10 +24,10 @@ class RayExecutor:
 
         return map_tables(make, tables, self._compute, uses_model=uses_model)
 
-    def train(self, job: TrainJob) -> None:
-        from dpo_train.runtime.train_job import train
+    def run_ranks(self, job: RankJob) -> None:
+        from dpo_train.runtime.rank_job import run_ranks
 
-        train(job, self._compute)
+        run_ranks(job, self._compute)
 
     def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
         from dpo_train.runtime.sweep_job import run_trials

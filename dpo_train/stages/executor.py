@@ -8,7 +8,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from dpo_train.errors import NonFiniteLossError
-from dpo_train.train.job import TrainJob
+from dpo_train.train.job import RankJob
 
 TableFunction = Callable[[pa.Table], pa.Table]
 
@@ -21,8 +21,8 @@ class Executor(Protocol):
     ) -> Iterator[pa.Table]:
         """Applies a function to each table, in any order. ``make`` builds it once per worker (tokenizer, model)."""
 
-    def train(self, job: TrainJob) -> None:
-        """Runs ``worker.run_rank`` on every rank, to the end."""
+    def run_ranks(self, job: RankJob) -> None:
+        """Runs the job on every rank, to the end."""
 
     def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
         """Runs independent trainings; for each None, or how it diverged."""
@@ -38,11 +38,10 @@ class InProcess:
         function = make()
         yield from map(function, tables)
 
-    def train(self, job: TrainJob) -> None:
+    def run_ranks(self, job: RankJob) -> None:
         from dpo_train.train.ranks import Ranks
-        from dpo_train.train.worker import run_rank
 
-        run_rank(job, Ranks())
+        job.run(Ranks(), is_preempted=lambda: False)
 
     def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
         return [run_trial(trial) for trial in trials]

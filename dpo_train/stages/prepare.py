@@ -52,6 +52,7 @@ from dpo_train.stages.prepare_inputs import (
     digest_texts,
     evaluation_prompts,
     label,
+    token_options,
     writes_the_day,
 )
 
@@ -77,7 +78,7 @@ _FIXES = {
     "over_weight": "raise prepare.max_train_pairs, or look at the sources' weights",
 }
 
-_PLACES = ("path", "sources", "chat_template", "evaluation_prompts")
+_PLACES = ("path", "name", "sources", "chat_template", "evaluation_prompts")
 """Options that say where something lies; what lies there goes into the identity by its digest."""
 
 
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, executor: Executor, *, output: Path | str | None 
     sources = section.all_sources
     check_apart(config)
     content = {key: value for key, value in to_dict(section).items() if key not in _PLACES}
-    content["sources"] = [{k: v for k, v in to_dict(source).items() if k != "path"} for source in sources]
+    content["sources"] = [{k: v for k, v in to_dict(source).items() if k not in _PLACES} for source in sources]
     content |= {"seed": config.seed, "chat_template": chat_template(config)}
     if writes_the_day(config):
         content["day"] = time.strftime("%Y-%m-%d")
@@ -160,21 +161,12 @@ def _format(source: SourceConfig, index: int, blocks: Sequence[Block], reporter:
 
 def _build_worker(config: RunConfig, recipe: Recipe, template: str | None) -> PrepareBlock:
     """Builds the worker where it runs; transformers is imported there and not here."""
-    from dpo_train.data.tokens import PairTokenizer, TokenOptions, load_tokenizer
+    from dpo_train.data.tokens import PairTokenizer, load_tokenizer
 
     section = config.prepare
     storage.use(storage_options(config))
     tokenizer = load_tokenizer(model_folder(config.model.path), trust_remote_code=config.model.trust_remote_code)
-    options = TokenOptions(
-        template=section.template,
-        chat_template=template,
-        template_options=section.template_options or {},
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_answer_tokens=section.max_answer_tokens,
-        prompt_truncation=section.prompt_truncation,
-        answer_truncation=section.answer_truncation,
-    )
-    return PrepareBlock(recipe, PairTokenizer(tokenizer, options))
+    return PrepareBlock(recipe, PairTokenizer(tokenizer, token_options(section, template)))
 
 
 def _read(

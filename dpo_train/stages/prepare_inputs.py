@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.config import RunConfig, SourceConfig
+from dpo_train.config import PrepareConfig, RunConfig, SourceConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.data.ngrams import read_prompts
 from dpo_train.data.sources import source_digest
+from dpo_train.data.tokens import TokenOptions
 from dpo_train.errors import ConfigError
 
 
@@ -48,6 +49,15 @@ def label(source: SourceConfig) -> str:
     return source.path if "://" in source.path else Path(source.path).name
 
 
+def set_names(config: RunConfig) -> list[str]:
+    """The name of each source's pairs in reports and rules; of two with one name the later gets its number."""
+    names: list[str] = []
+    for index, source in enumerate(config.prepare.all_sources):
+        name = source.name or label(source)
+        names.append(f"{name} ({index})" if name in names else name)
+    return names
+
+
 def data_digests(sources: Sequence[SourceConfig]) -> dict[str, str]:
     """Digest of each source's content, by its name in a record: ``data``, or ``data/0`` and so on for several."""
     names = ["data"] if len(sources) == 1 else [f"data/{index}" for index in range(len(sources))]
@@ -69,6 +79,19 @@ def chat_template(config: RunConfig) -> str | None:
         raise ConfigError(
             f"The chat template {path} is not UTF-8 text", got=str(error), fix="save it as UTF-8"
         ) from None
+
+
+def token_options(section: PrepareConfig, template: str | None) -> TokenOptions:
+    """How pairs become tokens, with the text of the user's own template."""
+    return TokenOptions(
+        template=section.template,
+        chat_template=template,
+        template_options=section.template_options or {},
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_answer_tokens=section.max_answer_tokens,
+        prompt_truncation=section.prompt_truncation,
+        answer_truncation=section.answer_truncation,
+    )
 
 
 def evaluation_prompts(config: RunConfig) -> list[str]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_train import registry
-from dpo_train.artifacts import Artifact, Output, Summary, void
+from dpo_train import registry, storage
+from dpo_train.artifacts import Artifact, Output, Summary, open_artifact, void
 from dpo_train.config import RunConfig, to_dict
-from dpo_train.data.folder import model_folder
+from dpo_train.data.folder import MODEL_FOLDER, model_folder
+from dpo_train.describe import raw_data
+from dpo_train.errors import ConfigError, GateRefusedError, StoreError
 from dpo_train.progress import Reporter
+from dpo_train.report_file import REPORT_HTML, read_report
 from dpo_train.stages.common import check_made_from, make, model_digest
+from dpo_train.stages.prepare_inputs import chat_template
 from dpo_train.tracking import Tracking, redacted
 
 
@@ -20,61 +26,152 @@ def register(
     report: Artifact,
     tracking: Tracking,
     *,
+    base: str | None = None,
     run_id: str | None = None,
     output: Path | str | None = None,
 ) -> Artifact:
     """Registers the policy in MLflow if its report passed; ``record.details`` has the name and version.
 
-    An output that is complete is believed only while the registry still has its version.
+    A report that a rule refused makes a complete output too, with ``registered: False`` and the ``reason``. An output
+    that is complete is believed only while the registry still has its version.
+
+    Args:
+        base: the model that the model card names, where ``model.path`` is what an earlier stage made of it.
 
     Raises:
         StoreError: the report is about another policy.
-        NotLearnedError, GateRefusedError: the report's verdict; nothing is registered.
+        NotLearnedError: on held-out pairs the policy is no better than chance.
     """
     check_made_from(report, "policy", policy)
-    registry.check_verdict(report.record.details, report.path / "report.html")
+    if config.register.alias == registry.CHAMPION:
+        raise ConfigError(
+            "A version becomes the champion by `dpo promote` alone, which one can go back from",
+            got=f"register.alias={registry.CHAMPION}",
+            fix="set another register.alias, e.g. challenger",
+        )
     name = config.register.model_name
-    content = {**to_dict(config.register), "tracking_uri": redacted(tracking.uri)}
+    section = {**to_dict(config.register), "tracking_uri": redacted(tracking.uri)}
+    content = read_report(report.path)
     inputs = {"report": report.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
-
-    def ensure_version() -> str:
-        run = run_id or tracking.start_run("register")
-        Reporter.from_environment("register").message(f"registering {name} in MLflow at {redacted(tracking.uri)}")
-        with tracking.errors():
-            version = registry.register_version(
-                tracking.client,
-                tracking.uri,
-                name,
-                report.record.digest,
-                alias=config.register.alias,
-                load=lambda: _merged(config, policy),
-                run_id=run,
-                tags={f"dpo.{key}": value for key, value in inputs.items()},
-                metadata={"beta": policy.record.details["beta"], "metrics": dict(report.record.metrics)},
-            )
-        if run_id is None:
-            tracking.end(run, "FINISHED")
-        return version
+    try:
+        registry.check_verdict(content["verdict"], report.file(REPORT_HTML))
+    except GateRefusedError as refusal:
+        details = {"registered": False, "reason": str(refusal), "model_name": name}
+        return make(config, "register", section, inputs, lambda _: Summary(details=details), output=output)
 
     def body(out: Output) -> Summary:
-        version = ensure_version()
-        details = {"model_name": name, "version": version, "uri": f"models:/{name}/{version}"}
+        version = _ensure_version(
+            config, policy, report, _card(config, policy, report, content, base or config.model.path), tracking, run_id
+        )
+        details = {"registered": True, "model_name": name, "version": version, "uri": f"models:/{name}/{version}"}
         out.write_json("version.json", {**details, "tracking_uri": redacted(tracking.uri)})
         return Summary(details=details)
 
-    artifact = make(config, "register", content, inputs, body, output=output)
+    artifact = make(config, "register", section, inputs, body, output=output)
     with tracking.errors():
         found = registry.find_version(tracking.client, name, report.record.digest) if artifact.reused else None
     if artifact.reused and found != artifact.record.details["version"]:
         # The registry lost it, or holds it under another number: the record is void.
         void(artifact)
-        artifact = make(config, "register", content, inputs, body, output=output)
+        artifact = make(config, "register", section, inputs, body, output=output)
     return artifact
 
 
-def _merged(config: RunConfig, policy: Artifact) -> tuple[Any, Any]:
-    from dpo_train.data.tokens import load_tokenizer
-    from dpo_train.model.load import merged_model
+def _ensure_version(
+    config: RunConfig, policy: Artifact, report: Artifact, card: registry.Card, tracking: Tracking, run_id: str | None
+) -> str:
+    name = config.register.model_name
+    run = run_id or tracking.start_run("register")
+    Reporter.from_environment("register").message(f"registering {name} in MLflow at {redacted(tracking.uri)}")
+    with tracking.errors():
+        version = registry.register_version(
+            tracking.client,
+            tracking.uri,
+            name,
+            report.record.digest,
+            alias=config.register.alias,
+            package=_package(config, policy, card),
+            run_id=run,
+            tags=_tags(card, policy, report),
+        )
+    if run_id is None:
+        tracking.end(run, "FINISHED")
+    return version
 
-    tokenizer = load_tokenizer(model_folder(config.model.path), trust_remote_code=config.model.trust_remote_code)
-    return merged_model(config.model, policy.path), tokenizer
+
+def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> registry.Package:
+    from dpo_train.data.tokens import load_tokenizer
+
+    folder = model_folder(config.model.path)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+    if own := chat_template(config):
+        tokenizer.chat_template = own
+
+    def write(root: Path) -> None:
+        from dpo_train.model.export import export_policy
+
+        export_policy(config.model, policy.path, root, tokenizer)
+        for file in registry.licence_files(folder):
+            shutil.copy(file, root / MODEL_FOLDER)
+        (root / MODEL_FOLDER / "README.md").write_text(registry.card_text(card), encoding="utf-8")
+
+    return registry.Package(
+        name=config.register.model_name,
+        write=write,
+        tokenizer=tokenizer,
+        chat=card.chat,
+        max_new_tokens=config.prepare.max_answer_tokens,
+        description=f"{registry.accuracy_line(card.report)}; beta {card.beta:g}; all else in {MODEL_FOLDER}/README.md",
+        metadata={"beta": card.beta, "base_model": card.base_model},
+    )
+
+
+def _card(
+    config: RunConfig, policy: Artifact, report: Artifact, content: Mapping[str, Any], base: str
+) -> registry.Card:
+    folder = model_folder(base)
+    data = _data(config, policy)
+    sources = raw_data(config, data) if data else {}
+    return registry.Card(
+        name=config.register.model_name,
+        base_model=_name(base),
+        licence=registry.find_licence(folder, config.register.licence),
+        data={name: digest for name, (_, digest) in sources.items()},
+        counts=data.record.counts if data else {},
+        training={key: value for key, value in policy.record.config.items() if value is not None},
+        beta=float(policy.record.details["beta"]),
+        report=content,
+        chat=config.prepare.template == "chat",
+        identity={"policy": policy.record.digest, "report": report.record.digest, "base model": model_digest(config)},
+    )
+
+
+def _name(path: str) -> str:
+    """A hub name as it is; of a folder its last part, for where it lies here is nobody's business."""
+    return path.rstrip("/").rpartition("/")[2] if storage.is_remote(path) or Path(path).is_dir() else path
+
+
+def _data(config: RunConfig, policy: Artifact) -> Artifact | None:
+    """The prepared pairs that the policy was trained on; None: they lie outside the store, where a person put them."""
+    try:
+        scored = open_artifact(storage.join(config.store, "score_reference", policy.record.inputs["scored"]))
+        return open_artifact(storage.join(config.store, "prepare", scored.record.inputs["pairs"]))
+    except StoreError:
+        return None
+
+
+def _tags(card: registry.Card, policy: Artifact, report: Artifact) -> dict[str, str]:
+    """What can be searched for in the registry, and what a promotion asks for."""
+    accuracy = card.report["findings"]["heldout"]["accuracy"]
+    numbers = {f"dpo.accuracy_{bound}": accuracy[bound] for bound in ("low", "high", "n")}
+    return {
+        registry.PASSED_TAG: "true",
+        registry.POLICY_TAG: policy.record.digest,
+        "dpo.model": card.identity["base model"],
+        "dpo.report": report.address,
+        "dpo.beta": f"{card.beta:g}",
+        "dpo.base_model": card.base_model,
+        "dpo.licence": card.licence,
+        "dpo.accuracy": str(accuracy["value"]),
+        **{name: str(value) for name, value in numbers.items()},
+    }

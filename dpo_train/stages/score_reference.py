@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +31,12 @@ from dpo_train.data.shards import SHARDS_FILE, TOKENS, Shard, Split, lengths, ma
 from dpo_train.identity import identity
 from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_model_reads, check_rows
-from dpo_train.stages.common import check_adapter, compute_dtype, make, model_digest, storage_options
+from dpo_train.stages.common import check_adapter, compute_dtype, make, model_digest
 from dpo_train.stages.executor import Executor, TableFunction
+from dpo_train.stages.with_model import PARTS, Build, load_model, map_with_model, most
 
 if TYPE_CHECKING:
-    from dpo_train.model.score_table import ScoreTable
+    from dpo_train.train.ranks import Ranks
 
 UNITS = "units"
 FEWEST_PAIRS, MOST_PAIRS = 16, 1024
@@ -67,7 +68,7 @@ def score_reference(
         known.add_units(out.home, UNITS, tell=reporter.message)
         known.add_outputs(config.store, reference, leave_out=out.home, tell=reporter.message)
         build = functools.partial(_build_scorer, config, pairs, out.home)
-        num_scored = _score(parts, known, build, out.home, executor, reporter)
+        num_scored = _score(config, parts, known, build, out, executor, reporter)
         scored: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         for part in parts:
             scored[part.split.name].append(_join(part, known, out.path / part.shard.file))
@@ -82,10 +83,13 @@ def score_reference(
             details={"reference": reference},
         )
 
-    artifact = make(config, "score_reference", content, inputs, body, output=output, resumable=True, scratch=(UNITS,))
+    artifact = make(
+        config, "score_reference", content, inputs, body, output=output, resumable=True, scratch=(UNITS, PARTS)
+    )
     # Only now: killed before its record was written, nothing must be scored again.
     if not (artifact.reused and storage.is_remote(artifact.home)):
-        discard(artifact.home, UNITS, tell=reporter.message)
+        for scratch in (UNITS, PARTS):
+            discard(artifact.home, scratch, tell=reporter.message)
     return artifact
 
 
@@ -124,10 +128,11 @@ def _look(config: RunConfig, splits: Sequence[Split]) -> list[_Part]:
 
 
 def _score(
+    config: RunConfig,
     parts: Sequence[_Part],
     known: KnownScores,
-    build: Callable[[], TableFunction],
-    home: str,
+    build: Build,
+    out: Output,
     executor: Executor,
     reporter: Reporter,
 ) -> int:
@@ -136,16 +141,15 @@ def _score(
     units = [(_unit_name(part.keys_P[rows]), part, rows) for part, rows in _plan(parts, known)]
     if found := sum(int(known.has(part.keys_P).sum()) for part in parts):
         reporter.message(f"{found} of {total} pairs are scored already")
-    before = total - sum(len(rows) for _, _, rows in units)
-    reporter.progress(before, total)
-    num_scored = 0
-    if units:  # a model that has nothing to do is not loaded
-        tasks = [_task(part.shard, name, rows) for name, part, rows in units]
-        for table in executor.map_tables(build, tasks, uses_model=True):
-            num_scored += sum(table["pairs"].to_pylist())
-            reporter.progress(before + num_scored, total)
+    tasks = [_task(part.shard, name, rows) for name, part, rows in units]
+    sizes = [len(rows) for _, _, rows in units]
+    done = map_with_model(
+        config, build, tasks, out, executor, reporter,
+        sizes=sizes, size_of=lambda unit: int(unit["pairs"][0].as_py()), before=total - sum(sizes),
+    )  # fmt: skip
+    num_scored: int = sum(unit["pairs"][0].as_py() for unit in done)
     for name, part, rows in units:
-        file = functools.partial(mirror(home).fetch, name)
+        file = functools.partial(mirror(out.home).fetch, name)
         known.add(part.keys_P[rows], np.arange(len(rows), dtype=np.int32), file)
     return num_scored
 
@@ -216,37 +220,13 @@ def _task(shard: Shard, name: str, rows: _Rows) -> pa.Table:
     return pa.table({"shard": [shard.file], "unit": [name], "rows": [rows.tolist()]})
 
 
-def _build_scorer(config: RunConfig, pairs: Artifact, home: str) -> TableFunction:
+def _build_scorer(config: RunConfig, pairs: Artifact, home: str, ranks: Ranks | None) -> TableFunction:
     """Builds the scorer in its worker; torch is imported there and not here."""
+    from dpo_train.model.score_table import ScoreTable
     from dpo_train.model.score_units import ScoreUnits
 
-    storage.use(storage_options(config))
-    return ScoreUnits(_scorer(config, None, config.score.row_tokens), pairs, home)
-
-
-def score_table_of(config: RunConfig, policy: Artifact, row_tokens: int) -> TableFunction:
-    """The same for whole tables under a policy, as the evaluation wants it. Its worker fetches the weights itself."""
-    storage.use(storage_options(config))
-    return _scorer(config, str(policy.path), row_tokens)
-
-
-def _scorer(config: RunConfig, weights: str | None, row_tokens: int) -> ScoreTable:
-    from dpo_train.model.score_table import ScoreTable
-
-    frozen_base = config.train.lora is not None
-    return ScoreTable(config.model, config.compute.device, weights, row_tokens, frozen_base)
-
-
-def score_table(
-    table: pa.Table, make_scorer: Callable[[], TableFunction], executor: Executor, reporter: Reporter
-) -> pa.Table:
-    """Per-token log-probs of all pairs of a table, in any order (SCORES_SCHEMA)."""
-    wanted = table.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"])
-    wanted = wanted.take(pa.array(np.argsort(-lengths(wanted), kind="stable")))
-    size = unit_pairs(len(wanted))
-    tasks = [wanted.slice(start, size) for start in range(0, len(wanted), size)]
-    reporter.progress(0, len(wanted))
-    return pa.concat_tables(_counted(executor.map_tables(make_scorer, tasks, uses_model=True), len(wanted), reporter))
+    policy = load_model(config, config.model, ranks, frozen_base=config.train.lora is not None)
+    return ScoreUnits(ScoreTable(policy, config.score.row_tokens, most=most(ranks)), pairs, home)
 
 
 def join_scores(pairs: pa.Table, scores: pa.Table, *, prefix: str) -> pa.Table:
@@ -256,11 +236,3 @@ def join_scores(pairs: pa.Table, scores: pa.Table, *, prefix: str) -> pa.Table:
     for name in SCORE_NAMES:
         pairs = pairs.append_column(prefix + name, rows[name])
     return pairs
-
-
-def _counted(tables: Iterable[pa.Table], total: int, reporter: Reporter) -> Iterable[pa.Table]:
-    done = 0
-    for table in tables:
-        done += len(table)
-        reporter.progress(done, total)
-        yield table

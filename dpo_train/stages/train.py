@@ -111,7 +111,7 @@ def run_training(executor: Executor, job: TrainJob, out: Output) -> list[dict[st
     Raises:
         StoreError: lines are missing.
     """
-    executor.train(job)
+    executor.run_ranks(job)
     out.adopt_noted(POLICY_NOTE)
     history = read_history(mirror(out.home).fetch(METRICS_FILE, size=out.files().get(METRICS_FILE)))
     if not history or [line["step"] for line in history] != list(range(len(history))):

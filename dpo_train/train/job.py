@@ -1,18 +1,35 @@
-"""What a training is told. Free of torch, so that a stage whose output is reused never imports it."""
+"""What ranks are told. Free of torch, so that a stage whose output is reused never imports it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dpo_train import storage
 from dpo_train.config import FitConfig, ModelConfig
 from dpo_train.progress import Reporter
 
+if TYPE_CHECKING:
+    from dpo_train.train.ranks import Ranks
+
 CHECKPOINT_FOLDER = "checkpoints"
 POLICY_NOTE = f"{CHECKPOINT_FOLDER}/policy.json"
 """Files of the policy with their sizes, as the first rank has brought them to s3://."""
+
+
+class RankJob(Protocol):
+    """Work of all ranks together; picklable, paths as text."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def reporter(self) -> Reporter: ...
+    @property
+    def storage(self) -> storage.Options: ...
+
+    def run(self, ranks: Ranks, *, is_preempted: Callable[[], bool]) -> None:
+        """This rank's part, from loading the model to the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +52,9 @@ class TrainJob:
     compile: Literal["auto", "on", "off"] = "auto"
     reporter: Reporter
     storage: storage.Options = field(default_factory=storage.Options)
+
+    def run(self, ranks: Ranks, *, is_preempted: Callable[[], bool] = lambda: False) -> None:
+        """See RankJob."""
+        from dpo_train.train.worker import run_rank
+
+        run_rank(self, ranks, is_preempted=is_preempted)

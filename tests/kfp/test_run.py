@@ -127,7 +127,8 @@ import sys, mlflow
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.transformers.load_model("models:/tiny/1")
 print("TRANSFORMERS", model("hello", max_new_tokens=3)[0]["generated_text"])
-print("PYFUNC", mlflow.pyfunc.load_model("models:/tiny@challenger").predict(["hello"]))
+chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+print("PYFUNC", mlflow.pyfunc.load_model("models:/tiny@challenger").predict(chat))
 """
     finished = subprocess.run(
         [sys.executable, "-c", program, f"sqlite:///{first.store}/mlflow.db"],
@@ -136,7 +137,7 @@ print("PYFUNC", mlflow.pyfunc.load_model("models:/tiny@challenger").predict(["he
 
     assert finished.returncode == 0, finished.stderr
     assert "TRANSFORMERS hello" in finished.stdout
-    assert "PYFUNC" in finished.stdout
+    assert "'role': 'assistant'" in finished.stdout.split("PYFUNC")[1]
 
 
 def test_second_run_reuses_every_output(first: Finished, config_file: Path) -> None:
@@ -149,6 +150,7 @@ def test_second_run_reuses_every_output(first: Finished, config_file: Path) -> N
     assert "tiny version 1" in second.output
 
 
+@pytest.mark.slow
 def test_other_betas_rerun_only_what_depends_on_them(first: Finished, config_file: Path) -> None:
     """Pairs and reference scores do not depend on beta; sweep, training, report and version do."""
     other = dpo("run", str(config_file), "sweep.betas=[]", "train.beta=0.9", store=first.store)
@@ -160,6 +162,7 @@ def test_other_betas_rerun_only_what_depends_on_them(first: Finished, config_fil
     assert "tiny version 2" in other.output
 
 
+@pytest.mark.slow
 def test_other_swept_betas_rerun_the_sweep_and_what_follows_from_its_choice(first: Finished, config_file: Path) -> None:
     """Another list of betas is another sweep; training and what follows are redone only if it chooses another beta."""
     other = dpo("run", str(config_file), "sweep.betas=[0.7, 0.1]", "compute.executor=local", store=first.store)
@@ -191,6 +194,7 @@ def test_flow_that_starts_with_sft_aligns_the_model_it_made(first: Finished, con
     assert sorted(note["rank"] for note in notes) == [0, 1]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_exit_1_and_register_nothing(tmp_path: Path) -> None:
     """With random labels there is nothing to learn: the command says so and exits 1."""
     write_pairs(tmp_path / "pairs.jsonl", shuffle_labels=True)
@@ -205,7 +209,9 @@ def test_shuffled_labels_exit_1_and_register_nothing(tmp_path: Path) -> None:
 
 
 def test_gate_that_refuses_exits_3_with_the_report(tmp_path: Path) -> None:
-    """The run is complete, the rule that failed is in the report, and nothing is registered."""
+    """The run is complete and no task failed; the rule that failed is in the report, and nothing is registered."""
+    from mlflow.tracking import MlflowClient
+
     config = tiny_config(tmp_path, evaluate__gate__min_margin=1e6, tracking__uri=None)
 
     finished = dpo("run", str(write_config(config, tmp_path / "config.yaml")), store=tmp_path / "store")
@@ -214,3 +220,10 @@ def test_gate_that_refuses_exits_3_with_the_report(tmp_path: Path) -> None:
     assert "gate refused" in finished.output
     assert "accuracy" in finished.output
     assert (Path(finished.ends()["evaluate"]["path"]) / "report.html").is_file()
+    register = finished.record("register")["details"]
+    assert (register["registered"], "margin" in register["reason"]) == (False, True)
+    client = MlflowClient(f"sqlite:///{finished.store}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("dpo").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert [run.data.tags["dpo.registered"] for run in runs if run.data.tags["dpo.kind"] == "pipeline"] == ["false"]
+    assert client.search_registered_models() == []

@@ -75,8 +75,8 @@ def test_worker_killed_in_the_middle_resumes_to_the_same_weights(
     unbroken = _job(scored, tmp_path / "unbroken", Reporter())
     killed = _job(scored, tmp_path / "killed", KillOnce(stage=str(tmp_path / "was-killed"), step=step))
 
-    EXECUTOR.train(unbroken)
-    EXECUTOR.train(killed)
+    EXECUTOR.run_ranks(unbroken)
+    EXECUTOR.run_ranks(killed)
 
     assert (tmp_path / "was-killed").exists()
     _assert_same_weights(unbroken, killed)
@@ -101,8 +101,8 @@ def test_terminated_worker_saves_first_and_nothing_is_trained_twice(
         shard=shard, **changes,
     )  # fmt: skip
 
-    EXECUTOR.train(unbroken)
-    EXECUTOR.train(terminated)
+    EXECUTOR.run_ranks(unbroken)
+    EXECUTOR.run_ranks(terminated)
 
     assert (tmp_path / "was-terminated").exists()
     steps = [int(line) for line in (tmp_path / "steps").read_text().split()]
@@ -117,7 +117,7 @@ def test_error_that_a_retry_cannot_mend_is_raised_once(scored: tuple[RunConfig, 
     job = _job(scored, tmp_path / "output", RaiseAndCount(stage=str(tmp_path / "count")))
 
     with pytest.raises(NonFiniteLossError, match="too hot"):
-        EXECUTOR.train(job)
+        EXECUTOR.run_ranks(job)
 
     assert (tmp_path / "count").read_text() == "x"
 

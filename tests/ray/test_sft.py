@@ -33,8 +33,8 @@ class Reporting(RayExecutor):
         super().__init__(ComputeConfig(workers=2, max_failures=2))
         self._reporter = reporter
 
-    def train(self, job: TrainJob) -> None:
-        super().train(replace(job, reporter=self._reporter))
+    def run_ranks(self, job: TrainJob) -> None:
+        super().run_ranks(replace(job, reporter=self._reporter))
 
 
 def test_killed_worker_resumes_to_the_model_of_an_unbroken_run(tmp_path: Path) -> None:

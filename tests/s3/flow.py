@@ -68,8 +68,8 @@ class Counting(InProcess):
             if self.tasks == self._stop_after:
                 raise KeyboardInterrupt
 
-    def train(self, job: TrainJob) -> None:
-        super().train(job)
+    def run_ranks(self, job: TrainJob) -> None:
+        super().run_ranks(job)
         if self._dies_after_training:
             raise KeyboardInterrupt
 

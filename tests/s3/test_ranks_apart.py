@@ -32,7 +32,7 @@ class TwoRanks(InProcess):
     def __init__(self, rendezvous: Path, disks: tuple[str, str] | None = None, preempted_after: int | None = None):
         self._rendezvous, self._disks, self._preempted_after = rendezvous, disks, preempted_after
 
-    def train(self, job: TrainJob) -> None:
+    def run_ranks(self, job: TrainJob) -> None:
         self._rendezvous.unlink(missing_ok=True)
         mp.spawn(_rank, (job, str(self._rendezvous), self._disks, self._preempted_after), nprocs=2)
         if self._preempted_after is not None:

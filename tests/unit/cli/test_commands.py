@@ -51,17 +51,38 @@ def test_init_writes_a_config_that_decodes_and_leaves_an_existing_file(tmp_path:
     assert path.read_text() == text
 
 
-def test_every_line_of_init_can_be_switched_on() -> None:
-    """Without their "#", the lines that show defaults decode to the defaults; only optional sections change."""
+@pytest.mark.parametrize("judge", ["function", "reward_model", "endpoint"])
+def test_every_line_of_init_can_be_switched_on(judge: str) -> None:
+    """Without their "#", the lines that show defaults decode to the defaults; only optional sections change.
+
+    Of the three judges one can be chosen.
+    """
     text = templates.commented_config()
     switched_on = re.sub(r"^(\s*)#(\w+: )", r"\1\2", text, flags=re.MULTILINE)
+    switched_on = re.sub(rf"^\s*judge: {{kind: (?!{judge}).*\n", "", switched_on, flags=re.MULTILINE)
 
     default, everything = parse_config(text), parse_config(switched_on)
 
+    assert everything.evaluate.judge is not None
+    assert everything.evaluate.judge.kind == judge
     sections = {name: getattr(everything, name) for name in ("train", "sft")}
     assert all(section.lora is not None for section in sections.values())
     without = {name: dataclasses.replace(section, lora=None) for name, section in sections.items()}
+    without["evaluate"] = dataclasses.replace(everything.evaluate, judge=None)
     assert dataclasses.replace(everything, **without) == default
+
+
+def test_reference_has_a_table_for_each_kind_of_judge() -> None:
+    """With the keys of that kind alone; a line in a text does not end a cell."""
+    text = templates.reference()
+    table = text.partition("## evaluate.judge (kind: reward_model)")[2].partition("\n## ")[0]
+
+    assert re.findall(r"^\| `([\w.]+)` \|", table, flags=re.MULTILINE) == [
+        "evaluate.judge.kind",
+        "evaluate.judge.path",
+        "evaluate.judge.max_tokens",
+    ]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 5 for line in text.splitlines() if line.startswith("|"))
 
 
 def test_every_option_has_a_help_text() -> None:

@@ -35,7 +35,7 @@ def test_evaluate_takes_named_inputs_and_an_output_folder(
     """With both inputs named nothing else runs, and the report lies where it was asked for."""
     ends = registered.ends()
     finished = dpo(
-        "evaluate", str(config_file), "evaluate.num_samples=2",
+        "evaluate", str(config_file), "evaluate.num_prompts=2",
         "--scored", ends["score_reference"]["path"], "--policy", ends["train"]["path"],
         "--output", str(tmp_path / "out"), store=registered.store,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dpo_train.config import TrainConfig
 from dpo_train.core.loss import LOSSES, PreferenceLoss, preference_loss, wpo_weights
-from dpo_train.decoding import section_type
+from dpo_train.decoding import section_types
 from dpo_train.objective import DIVERGENCES, RULES, is_over_batch, mistakes
 
 # Policy -10 and -12, reference -11 and -11: log-ratios +1 and -1, so h = 2. At beta 0.1 the logit is 0.2.
@@ -264,7 +264,7 @@ def test_alpha_divergence_lies_between_the_two_kl() -> None:
 def test_config_names_every_loss() -> None:
     """The type in the config, the rules and the equations have the same names."""
     hint = typing.get_type_hints(TrainConfig)["loss"]
-    assert section_type(hint) is None
+    assert section_types(hint) == ()
     (names,) = [part for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal]
     assert list(typing.get_args(names)) == list(RULES) == list(LOSSES)
 

@@ -20,11 +20,12 @@ from dpo_train.config import RunConfig, load_config
 from dpo_train.data.shards import Split
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.errors import ConfigError, ModelError
-from dpo_train.evaluate.generate import AnswerPrompts, answer
+from dpo_train.evaluate.generate import AnswerPrompts
 from dpo_train.model.load import load_policy, merged_model
 from dpo_train.model.score_table import ScoreTable
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.common import model_digest
+from dpo_train.stages.evaluate_models import Asked, _build, prompt_tables
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
 
@@ -83,7 +84,7 @@ def test_reference_is_the_base_with_its_adapter(
 ) -> None:
     """What the first training left scores its pairs as the second's reference does, and not as the base."""
     table = Split(pairs, "heldout").table()
-    by_policy = ScoreTable(plain.model, "cpu", str(first.path), 256, True)(table)
+    by_policy = ScoreTable(load_policy(plain.model, device=CPU, weights=first.path), 256)(table)
     order = {pair: place for place, pair in enumerate(Split(scored, "heldout").table()["pair_id"].to_pylist())}
     assert by_policy["pair_id"].to_pylist() == list(order)
     columns = (by_policy[f"{side}_logps"].to_pylist() for side in ("chosen", "rejected"))
@@ -110,23 +111,28 @@ def test_samples_of_the_reference_are_those_of_the_base_with_its_adapter(
     plain: RunConfig, config: RunConfig, pairs: Artifact, second: Artifact
 ) -> None:
     """Not those of the base alone, which the policy's adapters switched off would give."""
-    prompts = Split(pairs, "heldout").table().slice(0, 4).select(["pair_id", "prompt_ids"])
-    asked = prompts.append_column("model", [["reference", "policy", "reference", "policy"]])
-    ask = AnswerPrompts(config.model, "cpu", str(second.path), 12, 7)
-    answers = [ask(asked)["answer"].to_pylist() for _ in range(2)]
+    heldout = Split(pairs, "heldout").table().slice(0, 4)
+    (prompts,) = prompt_tables(heldout["pair_id"], heldout["prompt_ids"], (1.0,), size=4)
+    asked = {
+        "reference": Asked(name="reference", model=config.model, frozen_base=True),
+        "policy": Asked(name="policy", model=config.model, weights=second, frozen_base=True),
+    }
+    answers = {name: _build(config, each, None)(prompts)["answer"].to_pylist() for name, each in asked.items()}
 
     tokenizer = load_tokenizer(Path(plain.model.path))
     policies = {
-        "start": load_policy(config.model, device=CPU),
-        "end": load_policy(plain.model, device=CPU, weights=second.path),
+        "reference": load_policy(config.model, device=CPU),
+        "policy": load_policy(plain.model, device=CPU, weights=second.path),
         "base": load_policy(plain.model, device=CPU),
     }
-    ids = [np.array(row, dtype=np.int32) for row in prompts["prompt_ids"].to_pylist()]
-    wanted = {name: answer(policy, tokenizer, ids, max_tokens=12, seed=7) for name, policy in policies.items()}
+    options = {"max_tokens": config.evaluate.max_sample_tokens, "seed": config.seed, "batch": 4}
+    wanted = {
+        name: AnswerPrompts(policy, tokenizer, **options)(prompts)["answer"].to_pylist()
+        for name, policy in policies.items()
+    }
 
-    assert answers[0] == answers[1]
-    assert answers[0] == [wanted["start"][0], wanted["end"][1], wanted["start"][2], wanted["end"][3]]
-    assert wanted["base"] != wanted["start"] != wanted["end"]
+    assert answers == {name: wanted[name] for name in answers}
+    assert wanted["base"] != wanted["reference"] != wanted["policy"]
 
 
 def test_evaluation_measures_against_where_the_training_began(
@@ -216,7 +222,7 @@ def test_relative_adapter_is_taken_from_the_current_folder(
     [
         (["train.frozen=[norm]", "train.lora={}"], r"train\.frozen names modules of a full training"),
         (["model.quantization=nf4"], r"without train\.lora its weights would be trained"),
-        (["model.quantization=nf4", "train.lora={}", "compute.shard='on'"], r"compute\.shard=on .* do not go with it"),
+        (["model.quantization=nf4", "train.lora={}", "compute.shard='on'"], r"compute\.shard=on.* do not go with it"),
         (["model.quantization=nf4", "train.lora={}", "compute.tensor_parallel=2"], r"compute\.tensor_parallel do not"),
     ],
 )

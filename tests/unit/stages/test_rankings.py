@@ -142,7 +142,7 @@ def test_evaluation_judges_the_best_against_the_second(config: RunConfig, scored
     pairs = list(heldout.pairs())
     longest = int(lengths(heldout.table(), "prompt", "chosen", "rejected").max())
     assert longest < max(pair.num_tokens for pair in pairs)
-    section = replace(config.evaluate, min_heldout_pairs=10, num_samples=0, row_tokens=longest)
+    section = replace(config.evaluate, min_heldout_pairs=10, num_prompts=0, row_tokens=longest)
     policy = train(config, scored, LOCAL)
     found = evaluate(replace(config, evaluate=section), scored, policy, LOCAL)
     assert found.record.metrics["heldout/accuracy"] > 0.8

@@ -107,7 +107,7 @@ def test_rerun_is_reused_and_other_settings_are_not(config: RunConfig, pairs: Ar
 class Preempted(InProcess):
     """Takes the machine away after step 7, once."""
 
-    def train(self, job: TrainJob) -> None:
+    def run_ranks(self, job: TrainJob) -> None:
         steps = iter(range(1, 1000))
         run_rank(job, Ranks(), is_preempted=lambda: next(steps) == 7)
 
@@ -134,8 +134,8 @@ def test_stage_killed_before_its_record_trains_nothing_again(
     """All steps done, the model saved, then killed: the last step's checkpoint is there to go on from."""
 
     class Killed(InProcess):
-        def train(self, job: TrainJob) -> None:
-            super().train(job)
+        def run_ranks(self, job: TrainJob) -> None:
+            super().run_ranks(job)
             raise KeyboardInterrupt
 
     config = with_(config, "sft", max_steps=3)
@@ -155,8 +155,8 @@ def test_adapters_are_merged_into_the_model(
     kept: list[Path] = []
 
     class Keeping(InProcess):
-        def train(self, job: TrainJob) -> None:
-            super().train(job)
+        def run_ranks(self, job: TrainJob) -> None:
+            super().run_ranks(job)
             kept.append(Path(shutil.copytree(Path(job.output) / "checkpoints" / "adapter", tmp_path / "adapter")))
 
     made = sft(lora, pairs, Keeping())
@@ -188,7 +188,7 @@ def test_row_that_is_too_short_is_refused_before_a_model_is_loaded(config: RunCo
     """By the longest prompt with its chosen answer alone."""
 
     class Never(InProcess):
-        def train(self, job: TrainJob) -> None:
+        def run_ranks(self, job: TrainJob) -> None:
             raise AssertionError(job)
 
     longest = max(pair.num_tokens for name in ("train", "validation") for pair in Split(pairs, name).pairs(

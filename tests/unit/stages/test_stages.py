@@ -20,7 +20,7 @@ from dpo_train.errors import ConfigError, DataError, ModelError, NonFiniteLossEr
 from dpo_train.progress import Reporter
 from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
 from dpo_train.stages.executor import InProcess
-from dpo_train.train.job import TrainJob
+from dpo_train.train.job import RankJob
 from tests.tiny import tiny_config, tiny_model
 
 LOCAL = InProcess()
@@ -129,8 +129,8 @@ def test_training_killed_before_its_record_trains_nothing_again(
     """All steps done, the policy saved, then killed: the checkpoint of the last step is still there to go on from."""
 
     class Killed(InProcess):
-        def train(self, job: TrainJob) -> None:
-            super().train(job)
+        def run_ranks(self, job: RankJob) -> None:
+            super().run_ranks(job)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -247,9 +247,9 @@ def test_evaluation_measures_heldout_pairs_only(config: RunConfig, scored: Artif
     margins = pq.read_table(made.path / "margins.parquet")
     assert margins["pair_id"].to_pylist() == heldout["pair_id"].to_pylist()
     report = json.loads((made.path / "report.json").read_text())
-    assert report["estimates"]["heldout/accuracy"]["n"] == len(heldout)
+    assert report["findings"]["heldout"]["accuracy"]["n"] == len(heldout)
     assert made.record.details["learned"] is True
-    assert len(report["samples"]) == 1
+    assert len(report["samples"]) == 4
 
 
 def test_too_few_heldout_pairs_are_not_judged(config: RunConfig, scored: Artifact, policy: Artifact) -> None:

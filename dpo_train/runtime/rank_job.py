@@ -1,4 +1,4 @@
-"""Ray Train: ``worker.run_rank`` on N workers."""
+"""Ray Train: a job of ranks on N workers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from dpo_train.errors import DpoError, PreemptedError, WorkerError, decode, enco
 from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
 from dpo_train.runtime.session import attach, num_gpus, own_signals
 from dpo_train.storage import use
-from dpo_train.train.job import TrainJob
+from dpo_train.train.job import RankJob
 from dpo_train.train.ranks import Ranks
-from dpo_train.train.worker import run_rank
 
 ERROR_FILE = "worker-error.json"
 CPU_SHARE = 0.9  # as in data_job: leaves room for Ray's own tasks where workers = cores
 
 
-def train(job: TrainJob, compute: ComputeConfig) -> None:
+def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
     """Runs all ranks to the end, restarting up to ``compute.max_failures`` times when a worker is lost.
 
     FailureConfig retries whatever is raised. So a rank writes down an error that another attempt would only meet again
@@ -42,7 +41,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     use_gpu = gpus > 0
     workers = min(compute.workers, gpus) if use_gpu else compute.workers
     if workers < compute.workers:
-        job.reporter.message(f"training on {workers} workers: there are {gpus} GPUs")
+        job.reporter.message(f"{workers} workers, because there are {gpus} GPUs")
     # More workers than cores share them; asking for whole ones, they would wait for ever.
     cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / workers) * CPU_SHARE
     cpus = math.floor(cpus * 1000) / 1000  # Ray counts in thousandths
@@ -50,7 +49,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
     error_file.unlink(missing_ok=True)
     # Workers that cannot be placed count as the controller's failures, which Ray would retry for ever.
     failures = FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3)
-    with tempfile.TemporaryDirectory(prefix="dpo-train-", ignore_cleanup_errors=True) as storage:
+    with tempfile.TemporaryDirectory(prefix="dpo-ranks-", ignore_cleanup_errors=True) as storage:
         trainer = TorchTrainer(
             _rank,
             train_loop_config={"job": job, "threads": _threads(ray, workers)},
@@ -58,7 +57,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
             ),
-            run_config=RunConfig(name="train", storage_path=storage, failure_config=failures),
+            run_config=RunConfig(name="ranks", storage_path=storage, failure_config=failures),
         )
         lost: Exception | None = None
         try:
@@ -75,7 +74,7 @@ def train(job: TrainJob, compute: ComputeConfig) -> None:
             if isinstance(preempted := cause_of(failure), PreemptedError):
                 raise preempted
         cause = cause_of(lost)
-        raise WorkerError(f"The training failed on Ray: {type(cause).__name__}: {cause}") from lost
+        raise WorkerError(f"The ranks failed on Ray: {type(cause).__name__}: {cause}") from lost
 
 
 def _rank(parameters: dict[str, Any]) -> None:
@@ -85,7 +84,7 @@ def _rank(parameters: dict[str, Any]) -> None:
     from dpo_train.runtime.preemption import is_preempted
 
     torch.set_num_threads(parameters["threads"])
-    job: TrainJob = parameters["job"]
+    job: RankJob = parameters["job"]
     use(job.storage)
     error_file = local_copy(job.output) / ERROR_FILE
     error_file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def _rank(parameters: dict[str, Any]) -> None:
         return
     ranks = Ranks.current()
     try:
-        run_rank(job, ranks, is_preempted=is_preempted)
+        job.run(ranks, is_preempted=is_preempted)
     except Exception as error:
         # What a rank meets after its group was taken away follows from another rank's end.
         alone = torch.distributed.is_available() and not torch.distributed.is_initialized()

@@ -1,0 +1,174 @@
+"""What an evaluation asks of its models: log-probs of held-out pairs, and answers to held-out prompts.
+
+Each model is loaded once per worker and asked everything at once. What it said is kept beside the output until that is
+complete, so that an evaluation that was cut short does not ask again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_train.artifacts import Artifact, Output
+from dpo_train.config import ModelConfig, RunConfig
+from dpo_train.data.folder import model_folder
+from dpo_train.data.shards import lengths
+from dpo_train.data.tokens import load_tokenizer
+from dpo_train.progress import Reporter
+from dpo_train.stages.executor import Executor, TableFunction
+from dpo_train.stages.score_reference import unit_pairs
+from dpo_train.stages.with_model import load_model, map_with_model, most
+
+if TYPE_CHECKING:
+    from dpo_train.train.ranks import Ranks
+
+WORK = "work"
+"""Scratch folder of the stage."""
+
+SCORE_COLUMNS = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One of the models of an evaluation."""
+
+    name: str
+    """"policy", "reference" or "champion"."""
+    model: ModelConfig
+    weights: Artifact | None = None
+    """Output of a training, where it is not the model as it lies in its folder."""
+    frozen_base: bool = False
+    """See ``load_policy``."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end an answer in the data, where the model reads the same tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replies:
+    """What a model said: SCORES_SCHEMA of the pairs, ANSWERS_SCHEMA of the prompts; in any order."""
+
+    scores: pa.Table | None
+    answers: pa.Table | None
+
+
+def ask(
+    config: RunConfig,
+    asked: Asked,
+    out: Output,
+    executor: Executor,
+    reporter: Reporter,
+    *,
+    pairs: Sequence[pa.Table] = (),
+    prompts: Sequence[pa.Table] = (),
+) -> Replies:
+    """Scores tables of pairs (SCORE_COLUMNS) and answers tables of prompts (PROMPTS_SCHEMA).
+
+    The policy's own answers come with their log-probs under it, from which the KL is estimated (AskedModel).
+    """
+    folder = out.path / WORK
+    kept = {name: folder / f"{asked.name}-{name}.parquet" for name in ("scores", "answers")}
+    wanted = {"scores": list(pairs), "answers": list(prompts)}
+    missing = {name: tables for name, tables in wanted.items() if tables and not kept[name].is_file()}
+    if missing:
+        found = _asked(config, asked, out, executor, reporter, missing)
+        folder.mkdir(exist_ok=True)
+        for name in missing:
+            _write(found[name], kept[name])
+    return Replies(**{name: pq.read_table(kept[name]) if tables else None for name, tables in wanted.items()})
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Whole or absent."""
+    temporary = path.with_suffix(".part")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def _asked(
+    config: RunConfig,
+    asked: Asked,
+    out: Output,
+    executor: Executor,
+    reporter: Reporter,
+    questions: dict[str, list[pa.Table]],
+) -> dict[str, pa.Table]:
+    build = functools.partial(_build, config, asked)
+    reporter.message(f"asking the {asked.name}")
+    if not config.compute.score_sharded:
+        # One pool of workers for both, so that each loads the model once. Ranks must all do the same at a time.
+        questions = {" and ".join(questions): [task for tasks in questions.values() for task in tasks]}
+    found: dict[str, list[pa.Table]] = {"scores": [], "answers": []}
+    for unit, tasks in questions.items():
+        for table in map_with_model(
+            config,
+            build,
+            tasks,
+            out,
+            executor,
+            reporter,
+            sizes=list(map(len, tasks)),
+            unit={"scores": "pairs"}.get(unit, unit),
+        ):
+            found["answers" if "answer" in table.column_names else "scores"].append(table)
+    return {name: pa.concat_tables(tables) for name, tables in found.items() if tables}
+
+
+def pair_tables(pairs: pa.Table) -> list[pa.Table]:
+    """Longest first: rows of similar length fill better, and the last task is a short one."""
+    ordered = pairs.take(pa.array(np.argsort(-lengths(pairs), kind="stable")))
+    return _slices(ordered, unit_pairs(len(ordered)))
+
+
+def _slices(table: pa.Table, size: int) -> list[pa.Table]:
+    return [table.slice(start, size) for start in range(0, len(table), size)]
+
+
+def _build(config: RunConfig, asked: Asked, ranks: Ranks | None) -> TableFunction:
+    """Builds what answers in its worker; torch is imported there and not here."""
+    from dpo_train.evaluate.asked_model import AskedModel
+
+    weights = None if asked.weights is None else str(asked.weights.path)
+    policy = load_model(config, asked.model, ranks, weights=weights, frozen_base=asked.frozen_base)
+    return AskedModel(
+        policy,
+        load_tokenizer(model_folder(asked.model.path), trust_remote_code=asked.model.trust_remote_code),
+        row_tokens=config.evaluate.row_tokens,
+        max_tokens=config.evaluate.max_sample_tokens,
+        seed=config.seed,
+        batch=config.evaluate.sample_batch,
+        end_ids=asked.end_ids,
+        scores_answers=asked.name == "policy",
+        most=most(ranks),
+    )
+
+
+def prompt_tables(
+    pair_ids: Sequence[str], prompt_ids: Any, temperatures: Sequence[float], *, size: int, count: int = 1
+) -> list[pa.Table]:
+    """PROMPTS_SCHEMA: prompts at every temperature, ``count`` times at the first; ``size`` in a table, longest first.
+
+    A table is of one temperature.
+    """
+    found = []
+    for place, temperature in enumerate(temperatures):
+        tables = [
+            pa.table(
+                {
+                    "pair_id": pa.array(pair_ids, pa.string()),
+                    "prompt_ids": prompt_ids,
+                    "temperature": pa.array([temperature] * len(pair_ids), pa.float64()),
+                    "index": pa.array([index] * len(pair_ids), pa.int32()),
+                }
+            )
+            for index in range(count if place == 0 else 1)
+        ]
+        prompts = pa.concat_tables(tables)
+        found += _slices(prompts.take(pa.array(np.argsort(-lengths(prompts, "prompt"), kind="stable"))), size)
+    return found

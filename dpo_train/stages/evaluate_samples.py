@@ -1,0 +1,267 @@
+"""Held-out prompts to answers of policy, reference and champion, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_train.artifacts import Output
+from dpo_train.config import RunConfig
+from dpo_train.data.folder import model_folder
+from dpo_train.data.pairs import Message, PreferencePair, Rejection
+from dpo_train.data.shards import lengths, list_sums
+from dpo_train.errors import ConfigError, ModelError
+from dpo_train.evaluate.report import Sample
+from dpo_train.evaluate.samples import answer_pairs, describe, divergence
+from dpo_train.findings import Comparison, Divergence, SampleFindings
+from dpo_train.progress import Reporter
+from dpo_train.stages.evaluate_judge import Compared, compare_answers
+from dpo_train.stages.evaluate_models import SCORE_COLUMNS, Asked, ask, pair_tables, prompt_tables
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.prepare_inputs import chat_template, token_options
+
+TRIED_PAIRS = 50
+"""Pairs by which it is found out whether the champion reads the same tokens as the policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What the models said, and what was made of it."""
+
+    policy_scores: pa.Table
+    champion_scores: pa.Table | None
+    answers: pa.Table | None
+    divergence: Divergence | None
+    described: tuple[SampleFindings, ...]
+    comparisons: tuple[Comparison, ...]
+    shown: tuple[Sample, ...]
+    notes: tuple[str, ...]
+
+
+def answered(
+    config: RunConfig,
+    heldout: pa.Table,
+    models: Mapping[str, Asked],
+    out: Output,
+    executor: Executor,
+    reporter: Reporter,
+) -> Samples:
+    """Asks every model for what the config wants to know of it.
+
+    Raises:
+        ConfigError: an answer might not fit into a row.
+    """
+    section = config.evaluate
+    asked = _distinct_prompts(heldout, section.num_prompts)
+    _check_lengths(asked, config)
+    notes: list[str] = []
+    answers: dict[str, pa.Table] = {}
+    temperatures = section.temperatures
+    of_policy = temperatures if 1.0 in temperatures else (*temperatures, 1.0)
+    policy = ask(
+        config, models["policy"], out, executor, reporter,
+        pairs=pair_tables(heldout.select(SCORE_COLUMNS)),
+        prompts=_prompts(config, asked, asked["prompt_ids"], of_policy),
+    )  # fmt: skip
+    found = None
+    if policy.answers is not None:
+        pure = policy.answers.filter(pc.equal(policy.answers["temperature"], 1.0))
+        reference = ask(
+            config, models["reference"], out, executor, reporter, pairs=_answer_pairs(pure, asked),
+            prompts=_prompts(config, asked, asked["prompt_ids"], temperatures, section.best_of or 1),
+        )  # fmt: skip
+        found = _divergence(pure, reference.scores)
+        answers |= {"policy": policy.answers, "reference": reference.answers}
+    champion_scores = None
+    if "champion" in models:
+        pairs, prompt_ids = _read_by(models["champion"], heldout, asked, config, notes)
+        end_ids = () if pairs is None else models["policy"].end_ids
+        champion = ask(
+            config, replace(models["champion"], end_ids=end_ids), out, executor, reporter,
+            pairs=() if pairs is None else pair_tables(pairs),
+            prompts=_prompts(config, asked, prompt_ids, temperatures),
+        )  # fmt: skip
+        champion_scores = champion.scores
+        answers |= {} if champion.answers is None else {"champion": champion.answers}
+    compared = compare_answers(config, asked, answers, executor, reporter)
+    firsts = {model: _first_of_each(table) for model, table in answers.items()}
+    return Samples(
+        policy_scores=policy.scores,
+        champion_scores=champion_scores,
+        answers=_all_answers(answers),
+        divergence=found,
+        described=_described(firsts, temperatures, config.seed),
+        comparisons=tuple(each.comparison for each in compared),
+        shown=_shown(asked, firsts, compared, temperatures[0], section.shown_samples) if answers else (),
+        notes=tuple(notes),
+    )
+
+
+def _distinct_prompts(heldout: pa.Table, count: int) -> pa.Table:
+    """A pair of each of ``count`` prompts. In the order of their ids, which is that of no file."""
+    order = np.argsort(np.array(heldout["pair_id"].to_pylist(), dtype=object), kind="stable")
+    seen: set[str] = set()
+    rows: list[int] = []
+    prompts = heldout["prompt_ids"]
+    for row in order.tolist():
+        if len(rows) == count:
+            break
+        key = str(prompts[row].as_py())
+        if key not in seen:
+            seen.add(key)
+            rows.append(row)
+    return heldout.take(pa.array(rows, pa.int64()))
+
+
+def _check_lengths(asked: pa.Table, config: RunConfig) -> None:
+    section = config.evaluate
+    longest = int(lengths(asked, "prompt").max(initial=0)) + section.max_sample_tokens
+    if len(asked) and longest > section.row_tokens:
+        raise ConfigError(
+            "A prompt with its sampled answer may be longer than a row",
+            got=f"{longest} tokens, evaluate.row_tokens={section.row_tokens}",
+            fix=f"set evaluate.row_tokens to {longest} or more, or lower evaluate.max_sample_tokens",
+        )
+
+
+def _prompts(
+    config: RunConfig, asked: pa.Table, prompt_ids: Any, temperatures: Sequence[float], count: int = 1
+) -> list[pa.Table]:
+    size = config.evaluate.sample_batch
+    return prompt_tables(asked["pair_id"], prompt_ids, temperatures, size=size, count=count) if len(asked) else []
+
+
+def _answer_pairs(answers: pa.Table, asked: pa.Table) -> list[pa.Table]:
+    """The policy's answers with their prompts, in the very tables in which it scored them itself."""
+    prompts = dict(zip(asked["pair_id"].to_pylist(), asked["prompt_ids"].to_pylist(), strict=True))
+    tables = [answers.filter(pc.equal(answers["scored_with"], first)) for first in pc.unique(answers["scored_with"])]
+    integers = pa.list_(pa.int32())
+    return [
+        answer_pairs(table, pa.array([prompts[pair_id] for pair_id in table["pair_id"].to_pylist()], integers))
+        for table in tables
+    ]
+
+
+def _divergence(answers: pa.Table, reference: pa.Table) -> Divergence | None:
+    """The KL from answers with their log-probs under the policy, and those under the reference."""
+    sums = dict(zip(reference["pair_id"].to_pylist(), list_sums(reference["chosen_logps"]), strict=True))
+    ids = answers["pair_id"].to_pylist()
+    return divergence(
+        answers["logps"].to_numpy(),
+        np.array([sums[pair_id] for pair_id in ids]),
+        np.array([len(each) for each in answers["answer_ids"].to_pylist()], dtype=np.float64),
+        ids,
+    )
+
+
+def _read_by(
+    champion: Asked, heldout: pa.Table, asked: pa.Table, config: RunConfig, notes: list[str]
+) -> tuple[pa.Table | None, Any]:
+    """The pairs that the champion can score, and the prompts as it reads them.
+
+    A champion with another tokenizer or chat template gives log-probs of other tokens, which cannot be set against the
+    reference's; its answers can be compared all the same.
+    """
+    from dpo_train.data.tokens import PairTokenizer, load_tokenizer
+
+    try:
+        tokenizer = PairTokenizer(
+            load_tokenizer(model_folder(champion.model.path)), token_options(config.prepare, chat_template(config))
+        )
+        tried = tokenizer.encode_many(_pairs(heldout.slice(0, TRIED_PAIRS)))
+        prompts = tokenizer.encode_many(_pairs(asked))
+    except (ModelError, ConfigError) as error:
+        notes.append(f"The champion is not compared: {error}")
+        return None, asked["prompt_ids"]
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    same = all(
+        not isinstance(mine, Rejection) and all(list(getattr(mine.tokens, name)) == row[name] for name in columns)
+        for mine, row in zip(tried, heldout.slice(0, TRIED_PAIRS).select(columns).to_pylist(), strict=True)
+    )
+    if same:
+        return heldout.select(SCORE_COLUMNS), asked["prompt_ids"]
+    notes.append(
+        "The champion reads other tokens than the policy (another tokenizer or chat template): its answers are "
+        "compared, its log-probs are not"
+    )
+    own = [None if isinstance(each, Rejection) else each.tokens.prompt_ids.tolist() for each in prompts]
+    if refused := sum(ids is None for ids in own):
+        raise ConfigError(
+            f"The champion's chat template cannot write {refused} of {len(own)} prompts",
+            fix="set evaluate.champion=null, or evaluate.num_prompts=0",
+        )
+    return None, pa.array(own, pa.list_(pa.int32()))
+
+
+def _pairs(table: pa.Table) -> list[PreferencePair]:
+    return [
+        PreferencePair(
+            prompt=tuple(Message(**message) for message in row["prompt"]),
+            chosen=Message("assistant", row["chosen"], row["chosen_extra"] or ""),
+            rejected=Message("assistant", row["rejected"], row["rejected_extra"] or ""),
+            group=row["group"],
+            tools=row["tools"] or "",
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _first_of_each(answers: pa.Table) -> pa.Table:
+    """Without those that best-of-N draws on top."""
+    return answers.filter(pc.equal(answers["index"], 0))
+
+
+def _described(answers: Mapping[str, pa.Table], temperatures: Sequence[float], seed: int) -> tuple[SampleFindings, ...]:
+    """Of each model and temperature, in the order in which the config has the temperatures: rules look at the first."""
+    found: list[SampleFindings] = []
+    for model, table in answers.items():
+        at = table.filter(pc.is_in(table["temperature"], pa.array(temperatures, pa.float64())))
+        each = describe(at, None if model == "reference" else answers["reference"], model=model, seed=seed)
+        found += sorted(each, key=lambda one: temperatures.index(one.temperature))
+    return tuple(found)
+
+
+def _all_answers(answers: Mapping[str, pa.Table]) -> pa.Table | None:
+    """One table: which model said what."""
+    if not answers:
+        return None
+    columns = ["pair_id", "temperature", "index", "answer", "answer_ids", "truncated"]
+    named = [
+        table.select(columns).add_column(0, "model", pa.array([model] * len(table))) for model, table in answers.items()
+    ]
+    return pa.concat_tables(named)
+
+
+def _shown(
+    asked: pa.Table,
+    answers: Mapping[str, pa.Table],
+    compared: Sequence[Compared],
+    temperature: float,
+    count: int,
+) -> tuple[Sample, ...]:
+    """The first prompts with all answers side by side."""
+    by_model = {
+        model: {row["pair_id"]: row for row in table.filter(pc.equal(table["temperature"], temperature)).to_pylist()}
+        for model, table in answers.items()
+    }
+    samples = []
+    for row in asked.slice(0, count).to_pylist():
+        said = {model: rows[row["pair_id"]] for model, rows in by_model.items()}
+        order = [model for model in ("reference", "policy", "champion") if model in said]
+        notes: dict[str, str] = {model: "cut off" for model in order if said[model]["truncated"]}
+        outcomes = [each.said_of(row["pair_id"]) for each in compared]
+        if told := [text for text in outcomes if text]:
+            notes["policy"] = "; ".join([*([notes["policy"]] if "policy" in notes else []), *told])
+        samples.append(
+            Sample(
+                prompt="\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"]),
+                answers={"chosen (data)": row["chosen"], **{model: said[model]["answer"] for model in order}},
+                notes=notes,
+            )
+        )
+    return tuple(samples)
