@@ -113,6 +113,7 @@ def _asked(
             out,
             executor,
             reporter,
+            name=asked.name,
             sizes=list(map(len, tasks)),
             unit={"scores": "pairs"}.get(unit, unit),
         ):

@@ -145,7 +145,7 @@ def _score(
     sizes = [len(rows) for _, _, rows in units]
     done = map_with_model(
         config, build, tasks, out, executor, reporter,
-        sizes=sizes, size_of=lambda unit: int(unit["pairs"][0].as_py()), before=total - sum(sizes),
+        name="reference", sizes=sizes, size_of=lambda unit: int(unit["pairs"][0].as_py()), before=total - sum(sizes),
     )  # fmt: skip
     num_scored: int = sum(unit["pairs"][0].as_py() for unit in done)
     for name, part, rows in units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def map_with_model(
     executor: Executor,
     reporter: Reporter,
     *,
+    name: str,
     sizes: Sequence[int],
     size_of: Callable[[pa.Table], int] = len,
     before: int = 0,
@@ -45,6 +47,7 @@ def map_with_model(
     """The function's result for each table, in any order; a model that has nothing to do is not loaded.
 
     Args:
+        name: of the model.
         sizes: for the progress, how much of ``unit`` each table stands for.
         size_of: the same, seen by its result.
         before: how much had been done already.
@@ -66,7 +69,8 @@ def map_with_model(
         sizes=sizes,
         before=before,
         unit=unit,
-        folder=PARTS,
+        # By content: an interrupted attempt may have had other tables to do.
+        folder=f"{PARTS}/{name}-{_digest(tables)}",
         output=out.home,
         device=config.compute.device,
         tensor_parallel=config.compute.tensor_parallel,
@@ -76,6 +80,16 @@ def map_with_model(
     executor.run_ranks(job)
     for number in range(len(tables)):
         yield pq.read_table(mirror(out.home).fetch(job.part_name(number)))
+
+
+def _digest(tables: Sequence[pa.Table]) -> str:
+    found = hashlib.sha256()
+    for table in tables:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        found.update(sink.getvalue())
+    return found.hexdigest()[:16]
 
 
 def load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -53,14 +54,24 @@ class MapJob:
         done, total = self.before, self.before + sum(self.sizes)
         for start in range(0, len(self.tables), ranks.num_shares):
             number = start + ranks.share
-            # The last round may have fewer tables than shares: the others keep them company.
-            result = function(self.tables[min(number, len(self.tables) - 1)])
-            if number < len(self.tables) and ranks.is_first_of_share:
-                self._write(result, number)
+            if ranks.any(not all(map(self._is_there, self._round(start, ranks)))):
+                # The last round may have fewer tables than shares: the others keep them company.
+                result = function(self.tables[min(number, len(self.tables) - 1)])
+                if number < len(self.tables) and ranks.is_first_of_share:
+                    self._write(result, number)
             done += sum(self.sizes[start : start + ranks.num_shares])
             if ranks.is_first:
                 self.reporter.progress(done, total, self.unit)
         ranks.barrier()
+
+    def _round(self, start: int, ranks: Ranks) -> range:
+        """Numbers of the tables that all shares do at once."""
+        return range(start, min(start + ranks.num_shares, len(self.tables)))
+
+    def _is_there(self, number: int) -> bool:
+        """Whether an interrupted attempt has left this result."""
+        home = storage.join(self.output, self.part_name(number))
+        return storage.info(home) is not None if storage.is_remote(home) else Path(home).is_file()
 
     def _write(self, result: pa.Table, number: int) -> None:
         path = local_copy(self.output) / self.part_name(number)

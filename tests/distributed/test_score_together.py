@@ -85,6 +85,27 @@ def test_ranks_say_what_one_worker_says(
                     np.testing.assert_allclose(*flat, rtol=1e-4, atol=1e-6)
 
 
+def test_interrupted_job_does_only_what_is_missing(made: tuple[RunConfig, Artifact, Artifact], tmp_path: Path) -> None:
+    """Of three results one is taken away: it comes back, and the others stay the files that they were."""
+    config, scored, policy = made
+    asked = Asked(name="policy", model=config.model, weights=policy, frozen_base=config.train.lora is not None)
+    pairs, _ = tables(scored)
+    job = MapJob(
+        make=functools.partial(_build, config, asked), tables=pairs, sizes=[1, 1, 1], before=0, unit="pairs",
+        folder="parts", output=str(tmp_path), device="cpu", tensor_parallel=1, reporter=Reporter(),
+    )  # fmt: skip
+    job.run(Ranks())
+    files = [tmp_path / job.part_name(number) for number in range(3)]
+    before = [(file.stat().st_ino, file.read_bytes()) for file in files]
+    files[1].unlink()
+
+    job.run(Ranks())
+
+    after = [(file.stat().st_ino, file.read_bytes()) for file in files]
+    assert [content for _, content in after] == [content for _, content in before]
+    assert (after[0][0], after[2][0]) == (before[0][0], before[2][0])
+
+
 def test_reference_scored_together_is_the_reference(tmp_path: Path) -> None:
     """The stage gives the same scores by two ranks, and leaves nothing of theirs behind."""
 

@@ -140,3 +140,17 @@ def wait_for_progress(store: Path, done: int) -> None:
                 return
         time.sleep(0.01)
     raise AssertionError("no progress")
+
+
+@pytest.mark.slow
+def test_model_held_by_two_ranks_together_scores_the_same(
+    config: RunConfig, pairs: Artifact, expected: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Ray Train's workers with half of every weight each, instead of actors with all of them."""
+    compute = replace(config.compute, score_sharded=True, workers=2)
+    together = replace(config, store=str(tmp_path / "store"), compute=compute)
+
+    found = scores(score_reference(together, pairs, RayExecutor(compute)))
+
+    assert found.keys() == expected.keys()
+    assert all(np.allclose(found[pair_id], expected[pair_id], rtol=1e-4, atol=1e-5) for pair_id in expected)
