@@ -130,7 +130,9 @@ def wilson(successes: float, trials: int, *, n: int) -> Estimate:
     share = min(1.0, successes / n)
     centre = (share + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2)) / (1 + Z_95**2 / trials)
-    return Estimate(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+    # At both ends the bound is exact, where rounding would leave 3e-17.
+    low, high = (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
+    return Estimate(value=share, low=max(0.0, low), high=min(1.0, high), n=n)
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
