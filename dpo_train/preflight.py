@@ -19,10 +19,12 @@ def check_tracking(config: RunConfig) -> None:
 
     Raises:
         TrackingError: it does not answer, or refuses.
+        UserError: ``evaluate.champion`` names a version that does not exist.
     """
     from dpo_train.tracking import Tracking, tracking_uri
 
     if not tracking_uri(config).startswith("http"):
+        _check_champion(config)
         return
     # MLflow would try again for four minutes, with nothing to see meanwhile.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
@@ -30,9 +32,22 @@ def check_tracking(config: RunConfig) -> None:
     os.environ.update(added)
     try:
         Tracking(config).check()
+        _check_champion(config)
     finally:
         for key in added:
             del os.environ[key]
+
+
+def _check_champion(config: RunConfig) -> None:
+    """A champion that was asked for by name must be there; by default there may be none."""
+    if config.evaluate.champion in {None, "champion"}:
+        return
+    from dpo_train import registry
+    from dpo_train.tracking import Tracking
+
+    tracking = Tracking(config)
+    with tracking.errors():
+        registry.champion(tracking.client, config.register.model_name, str(config.evaluate.champion))
 
 
 def check_store(config: RunConfig, output: str | None = None) -> None:

@@ -69,7 +69,9 @@ class AnswerPrompts:
         found: dict[int, dict[str, Any]] = {}
         batches = list(self._batches(rows))
         for number in range(int(self._most(len(batches)))):
-            places, max_tokens = batches[min(number, len(batches) - 1)]
+            places, room = batches[min(number, len(batches) - 1)]
+            # Ranks that hold the model together all go on until the last of them is done.
+            max_tokens = -int(self._most(-room))
             ids = self._sample([rows[place] for place in places], max_tokens)
             found |= dict(zip(places, map(self._answer, ids), strict=True))
         keys = ("pair_id", "temperature", "index")

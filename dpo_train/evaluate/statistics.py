@@ -93,7 +93,7 @@ class Means:
         above 0, or anything below 1."""
         sums_G, sizes_G = self._groups(name)
         if min(np.count_nonzero(sums_G > 0), np.count_nonzero(sums_G < sizes_G)) < FEW_GROUPS:
-            return wilson(float(sums_G.sum()), len(sizes_G), n=self.n(name))
+            return wilson(float(sums_G.sum()), effective_groups(sizes_G), n=self.n(name))
         return self.mean(name)
 
     def _groups(self, name: str) -> tuple[Floats, Floats]:
@@ -125,7 +125,13 @@ def percentiles(replicates_R: Floats, num_groups: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def wilson(successes: float, trials: int, *, n: int) -> Estimate:
+def effective_groups(sizes_G: Floats) -> float:
+    """How many groups of one size say as much as groups of these sizes, where pairs of a group all say the same
+    (Kish 1965): (sum of sizes)^2 / sum of squared sizes. Of 40 groups of which one holds half of all pairs, about 4."""
+    return float(sizes_G.sum() ** 2 / np.square(sizes_G).sum())
+
+
+def wilson(successes: float, trials: float, *, n: int) -> Estimate:
     """Wilson's score interval (1927) of a proportion over ``trials`` independent groups; ``n`` is what is reported."""
     share = min(1.0, successes / n)
     centre = (share + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
@@ -154,7 +160,7 @@ def paired(differences_P: Floats, group_P: Ints, resampled: Estimate) -> Paired:
             interval is instead that of two rare events, better and worse, by Wilson: 100 pairs without any difference
             leave room for 3.7 % either way.
     """
-    n, num_groups = len(differences_P), int(group_P.max()) + 1
+    n, num_groups = len(differences_P), effective_groups(np.bincount(group_P).astype(np.float64))
     found = resampled
     if np.count_nonzero(_sums(np.abs(differences_P), group_P)) < FEW_GROUPS:
         better, worse = (float(np.maximum(sign * differences_P, 0).sum()) for sign in (1, -1))

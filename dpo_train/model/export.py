@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ SHARE = 0.05
 """Of what the training changed in the logits: an adapter that is left out, or scaled wrongly, is off by far more."""
 
 
-def export_policy(config: ModelConfig, weights: Path, folder: Path, tokenizer: Any) -> None:
+def export_policy(
+    config: ModelConfig, weights: Path, folder: Path, tokenizer: Any, *, end_ids: Sequence[int] = ()
+) -> None:
     """Writes ``model/``, with adapters merged, and ``adapter/`` as it was trained, if it was one.
 
     Args:
@@ -33,6 +36,7 @@ def export_policy(config: ModelConfig, weights: Path, folder: Path, tokenizer: A
         weights: output folder of the training.
         folder: where both go.
         tokenizer: written beside the weights, with its chat template.
+        end_ids: tokens that end answers in the training's data, besides the tokenizer's end of sequence.
 
     Raises:
         RunError: the folder computes something else than the base with its adapter.
@@ -44,7 +48,7 @@ def export_policy(config: ModelConfig, weights: Path, folder: Path, tokenizer: A
         shutil.copytree(weights / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
         _write_merged(config, weights, target)
     tokenizer.save_pretrained(target)
-    _end_at(target / "generation_config.json", tokenizer.eos_token_id)
+    _end_at(target / "generation_config.json", [tokenizer.eos_token_id, *end_ids])
 
 
 def _write_merged(config: ModelConfig, weights: Path, target: Path) -> None:
@@ -92,11 +96,12 @@ def _check_equal(found_BTV: Tensor, wanted_BTV: Tensor, change_BTV: Tensor) -> N
         )
 
 
-def _end_at(file: Path, end: int) -> None:
-    """Generation ends at the token that the answers of the training ended with, besides what the base says."""
+def _end_at(file: Path, wanted: Sequence[int]) -> None:
+    """Generation ends at these tokens too, besides what the base says."""
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if end not in ends:
-        config["eos_token_id"] = [*ends, end] if ends else end
+    if missing := [end for end in dict.fromkeys(wanted) if end not in ends]:
+        ends = [*ends, *missing]
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -64,6 +64,22 @@ def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
         )
 
 
+def check_same_dtype(config: RunConfig, scored: Artifact) -> None:
+    """A policy in fp32 against a reference in bf16 would differ by their rounding.
+
+    Raises:
+        ConfigError: the pairs were scored on another kind of device.
+    """
+    dtype = compute_dtype(config)
+    if scored.record.config.get("compute_dtype") != dtype:
+        raise ConfigError(
+            f"The pairs in {scored.home} were scored in another dtype than the policy would be",
+            got=scored.record.config.get("compute_dtype"),
+            expected=dtype,
+            fix="evaluate where the pairs were scored (compute.device), or score them again here",
+        )
+
+
 def check_adapter(config: RunConfig) -> None:
     """The adapter that the model has is trained as it is: what the config says of it must not be something else.
 

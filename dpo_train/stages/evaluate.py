@@ -33,8 +33,8 @@ from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.report_file import SCHEMA_VERSION
 from dpo_train.stages.check import check_rows
-from dpo_train.stages.common import check_made_from, make, model_digest
-from dpo_train.stages.evaluate_models import WORK, Asked
+from dpo_train.stages.common import check_made_from, check_same_dtype, check_same_model, make, model_digest
+from dpo_train.stages.evaluate_models import CHAMPION, WORK, Asked, shared_copy
 from dpo_train.stages.evaluate_samples import Samples, answered
 from dpo_train.stages.executor import Executor
 from dpo_train.stages.prepare_inputs import set_names
@@ -80,7 +80,8 @@ def evaluate(
     Raises:
         StoreError: the policy was trained on other pairs than ``scored``.
         DataError: fewer held-out pairs than ``evaluate.min_heldout_pairs``.
-        ConfigError: a rule or the judge cannot be used.
+        ConfigError: a rule or the judge cannot be used; or the pairs were scored by another model, or on another kind
+            of device.
     """
     check_made_from(policy, "scored", scored)
     beta = float(policy.record.details["beta"])
@@ -92,6 +93,8 @@ def evaluate(
         judging.check(config.evaluate.judge)
         content["judge"] = dict(judging.identity(config.evaluate.judge))
     inputs = {"scored": scored.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
+    check_same_model(config, inputs["model"], scored)
+    check_same_dtype(config, scored)
     if champion is not None:
         inputs["champion"] = champion.about.digest
     reporter = Reporter.from_environment("evaluate")
@@ -99,7 +102,7 @@ def evaluate(
     def body(out: Output) -> Summary:
         split = Split(scored, "heldout")
         heldout = _heldout(split, config.evaluate)
-        models = _models(config, policy, champion, turn_ends(heldout))
+        models = _models(config, policy, champion, turn_ends(heldout), out)
         samples = answered(config, heldout, models, out, executor, reporter)
         preferences = _preferences(config, heldout, scored, samples, beta=beta)
         findings = Findings(
@@ -177,7 +180,7 @@ def _unique(column: pa.ChunkedArray) -> list[int]:
 
 
 def _models(
-    config: RunConfig, policy: Artifact, champion: ChampionModel | None, end_ids: tuple[int, ...]
+    config: RunConfig, policy: Artifact, champion: ChampionModel | None, end_ids: tuple[int, ...], out: Output
 ) -> dict[str, Asked]:
     shared: dict[str, Any] = {
         "model": config.model,
@@ -189,8 +192,9 @@ def _models(
         "reference": Asked(name="reference", **shared),
     }
     if champion is not None:
-        folder = ModelConfig(path=str(champion.fetch()), trust_remote_code=config.model.trust_remote_code)
-        models["champion"] = Asked(name="champion", model=folder)
+        files = shared_copy(champion.fetch(), out)
+        folder = ModelConfig(path=str(out.path / CHAMPION), trust_remote_code=config.model.trust_remote_code)
+        models["champion"] = Asked(name="champion", model=folder, home=out.home, files=files)
     return models
 
 

@@ -55,7 +55,7 @@ def compare_answers(
         opponents["champion"] = _first(texts["champion"])
     ours = _first(texts["policy"])
     if isinstance(judge, EndpointJudge):
-        judged = _by_endpoint(judge, prompts, ours, opponents, reporter)
+        judged = ask_endpoint(judge, prompts, ours, opponents, reporter)
     else:
         judged = _by_rewards(config, judge, prompts, ours, opponents, texts["reference"], executor, reporter)
     name = judge.model if isinstance(judge, EndpointJudge) else judge.kind
@@ -87,13 +87,20 @@ def _messages(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     return tuple({"role": message["role"], "content": message["content"]} for message in row["prompt"])
 
 
-def _by_endpoint(
+def ask_endpoint(
     judge: EndpointJudge,
     prompts: Mapping[str, Mapping[str, Any]],
     ours: Mapping[str, str],
     opponents: Mapping[str, Mapping[str, str]],
     reporter: Reporter,
 ) -> dict[str, dict[str, Judgement]]:
+    """By opponent and prompt the judge's word.
+
+    Args:
+        prompts: by id rows with ``prompt``, a list of messages.
+        ours: by prompt our answer.
+        opponents: by name the same of others.
+    """
     matchups = [
         (opponent, Matchup(prompt_id=pair_id, prompt=_messages(row), ours=ours[pair_id], theirs=theirs[pair_id]))
         for opponent, theirs in opponents.items()
@@ -127,7 +134,7 @@ def _by_rewards(
     wanted = {(pair_id, each[pair_id]) for each in texts for pair_id in prompts}
     if config.evaluate.best_of:
         wanted |= {(pair_id, answer) for pair_id, answers in several.items() for answer in answers}
-    rewards = _rewards(config, judge, prompts, sorted(wanted), executor, reporter)
+    rewards = reward_answers(config, judge, prompts, sorted(wanted), executor, reporter)
 
     def of(each: Mapping[str, str]) -> list[float | None]:
         return [rewards[pair_id, each[pair_id]] for pair_id in prompts]
@@ -144,7 +151,7 @@ def _by_rewards(
     }
 
 
-def _rewards(
+def reward_answers(
     config: RunConfig,
     judge: FunctionJudge | RewardModelJudge,
     prompts: Mapping[str, Mapping[str, Any]],
@@ -152,6 +159,11 @@ def _rewards(
     executor: Executor,
     reporter: Reporter,
 ) -> dict[tuple[str, str], float | None]:
+    """The rewards of answers, (prompt's id, answer); None where the judge can say nothing.
+
+    Args:
+        prompts: by id rows with ``prompt``, a list of messages.
+    """
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     table = pa.table(
         {

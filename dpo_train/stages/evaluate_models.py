@@ -7,8 +7,10 @@ complete, so that an evaluation that was cut short does not ask again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_train.artifacts import Artifact, Output
+from dpo_train import storage
+from dpo_train.artifacts import Artifact, Output, mirror
 from dpo_train.config import ModelConfig, RunConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.data.shards import lengths
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.progress import Reporter
+from dpo_train.stages.common import storage_options
 from dpo_train.stages.executor import Executor, TableFunction
 from dpo_train.stages.score_reference import unit_pairs
 from dpo_train.stages.with_model import load_model, map_with_model, most
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 WORK = "work"
 """Scratch folder of the stage."""
+CHAMPION = f"{WORK}/champion"
+"""The champion's model folder, where all workers can reach it."""
 
 SCORE_COLUMNS = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -46,6 +52,9 @@ class Asked:
     """Output of a training, where it is not the model as it lies in its folder."""
     frozen_base: bool = False
     """See ``load_policy``."""
+    home: str = ""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Where the model's folder is a part of an output: that output, and the folder's files with their sizes."""
     end_ids: tuple[int, ...] = ()
     """Tokens that end an answer in the data, where the model reads the same tokens."""
 
@@ -82,6 +91,27 @@ def ask(
         for name in missing:
             _write(found[name], kept[name])
     return Replies(**{name: pq.read_table(kept[name]) if tables else None for name, tables in wanted.items()})
+
+
+def shared_copy(folder: Path, out: Output) -> dict[str, int]:
+    """The champion's folder, which lies on this machine, as a part of the output; its files there with their sizes."""
+    target = out.path / CHAMPION
+    if not target.is_dir():
+        temporary = target.with_name("champion.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder, temporary, copy_function=_link)
+        temporary.replace(target)
+    files = {file.relative_to(out.path).as_posix(): file.stat().st_size for file in target.rglob("*") if file.is_file()}
+    mirror(out.home).publish(*files)
+    return files
+
+
+def _link(source: str, target: str) -> None:
+    """A model need not lie on one disk twice."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -135,6 +165,9 @@ def _build(config: RunConfig, asked: Asked, ranks: Ranks | None) -> TableFunctio
     """Builds what answers in its worker; torch is imported there and not here."""
     from dpo_train.evaluate.asked_model import AskedModel
 
+    storage.use(storage_options(config))
+    if asked.files:
+        mirror(asked.home).fetch_all(asked.files)
     weights = None if asked.weights is None else str(asked.weights.path)
     policy = load_model(config, asked.model, ranks, weights=weights, frozen_base=asked.frozen_base)
     return AskedModel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from dpo_train.data.pairs import Message, PreferencePair, Rejection
 from dpo_train.data.shards import lengths, list_sums
 from dpo_train.errors import ConfigError, ModelError
 from dpo_train.evaluate.report import Sample
-from dpo_train.evaluate.samples import answer_pairs, describe, divergence
+from dpo_train.evaluate.samples import answer_pairs, describe, divergence, turn_ends
 from dpo_train.findings import Comparison, Divergence, SampleFindings
 from dpo_train.progress import Reporter
 from dpo_train.stages.evaluate_judge import Compared, compare_answers
@@ -25,7 +25,7 @@ from dpo_train.stages.evaluate_models import SCORE_COLUMNS, Asked, ask, pair_tab
 from dpo_train.stages.executor import Executor
 from dpo_train.stages.prepare_inputs import chat_template, token_options
 
-TRIED_PAIRS = 50
+TRIED_PAIRS = 200
 """Pairs by which it is found out whether the champion reads the same tokens as the policy."""
 
 
@@ -57,8 +57,8 @@ def answered(
         ConfigError: an answer might not fit into a row.
     """
     section = config.evaluate
-    asked = _distinct_prompts(heldout, section.num_prompts)
-    _check_lengths(asked, config)
+    asked = distinct_prompts(heldout, section.num_prompts)
+    check_lengths(asked, config)
     notes: list[str] = []
     answers: dict[str, pa.Table] = {}
     temperatures = section.temperatures
@@ -72,19 +72,18 @@ def answered(
     if policy.answers is not None:
         pure = policy.answers.filter(pc.equal(policy.answers["temperature"], 1.0))
         reference = ask(
-            config, models["reference"], out, executor, reporter, pairs=_answer_pairs(pure, asked),
+            config, models["reference"], out, executor, reporter, pairs=answer_tables(pure, asked),
             prompts=_prompts(config, asked, asked["prompt_ids"], temperatures, section.best_of or 1),
         )  # fmt: skip
-        found = _divergence(pure, reference.scores)
+        found = estimate_kl(pure, reference.scores)
         answers |= {"policy": policy.answers, "reference": reference.answers}
     champion_scores = None
     if "champion" in models:
-        pairs, prompt_ids = _read_by(models["champion"], heldout, asked, config, notes)
-        end_ids = () if pairs is None else models["policy"].end_ids
+        reading = _read_by(models["champion"], heldout, asked, config, notes)
         champion = ask(
-            config, replace(models["champion"], end_ids=end_ids), out, executor, reporter,
-            pairs=() if pairs is None else pair_tables(pairs),
-            prompts=_prompts(config, asked, prompt_ids, temperatures),
+            config, replace(models["champion"], end_ids=reading.end_ids), out, executor, reporter,
+            pairs=() if reading.pairs is None else pair_tables(reading.pairs),
+            prompts=() if reading.prompt_ids is None else _prompts(config, asked, reading.prompt_ids, temperatures),
         )  # fmt: skip
         champion_scores = champion.scores
         answers |= {} if champion.answers is None else {"champion": champion.answers}
@@ -102,23 +101,29 @@ def answered(
     )
 
 
-def _distinct_prompts(heldout: pa.Table, count: int) -> pa.Table:
-    """A pair of each of ``count`` prompts. In the order of their ids, which is that of no file."""
-    order = np.argsort(np.array(heldout["pair_id"].to_pylist(), dtype=object), kind="stable")
+def distinct_prompts(pairs: pa.Table, count: int) -> pa.Table:
+    """A pair of each of ``count`` prompts, at most one of a group: answers are taken for independent of each other.
+
+    In the order of the pairs' ids, which is that of no file.
+    """
+    order = np.argsort(np.array(pairs["pair_id"].to_pylist(), dtype=object), kind="stable")
+    prompts, groups = pairs["prompt_ids"], pairs["group"].to_pylist()
     seen: set[str] = set()
     rows: list[int] = []
-    prompts = heldout["prompt_ids"]
     for row in order.tolist():
         if len(rows) == count:
             break
-        key = str(prompts[row].as_py())
-        if key not in seen:
-            seen.add(key)
+        keys = {f"group {groups[row]}", f"prompt {prompts[row].as_py()}"}
+        if not keys & seen:
+            seen |= keys
             rows.append(row)
-    return heldout.take(pa.array(rows, pa.int64()))
+    return pairs.take(pa.array(rows, pa.int64()))
 
 
-def _check_lengths(asked: pa.Table, config: RunConfig) -> None:
+def check_lengths(asked: pa.Table, config: RunConfig) -> None:
+    """Raises:
+    ConfigError: a prompt with its longest answer might not fit into a row.
+    """
     section = config.evaluate
     longest = int(lengths(asked, "prompt").max(initial=0)) + section.max_sample_tokens
     if len(asked) and longest > section.row_tokens:
@@ -136,7 +141,7 @@ def _prompts(
     return prompt_tables(asked["pair_id"], prompt_ids, temperatures, size=size, count=count) if len(asked) else []
 
 
-def _answer_pairs(answers: pa.Table, asked: pa.Table) -> list[pa.Table]:
+def answer_tables(answers: pa.Table, asked: pa.Table) -> list[pa.Table]:
     """The policy's answers with their prompts, in the very tables in which it scored them itself."""
     prompts = dict(zip(asked["pair_id"].to_pylist(), asked["prompt_ids"].to_pylist(), strict=True))
     tables = [answers.filter(pc.equal(answers["scored_with"], first)) for first in pc.unique(answers["scored_with"])]
@@ -147,7 +152,7 @@ def _answer_pairs(answers: pa.Table, asked: pa.Table) -> list[pa.Table]:
     ]
 
 
-def _divergence(answers: pa.Table, reference: pa.Table) -> Divergence | None:
+def estimate_kl(answers: pa.Table, reference: pa.Table) -> Divergence | None:
     """The KL from answers with their log-probs under the policy, and those under the reference."""
     sums = dict(zip(reference["pair_id"].to_pylist(), list_sums(reference["chosen_logps"]), strict=True))
     ids = answers["pair_id"].to_pylist()
@@ -159,43 +164,52 @@ def _divergence(answers: pa.Table, reference: pa.Table) -> Divergence | None:
     )
 
 
-def _read_by(
-    champion: Asked, heldout: pa.Table, asked: pa.Table, config: RunConfig, notes: list[str]
-) -> tuple[pa.Table | None, Any]:
-    """The pairs that the champion can score, and the prompts as it reads them.
+class _Reading(NamedTuple):
+    """What the champion can be asked: pairs to score, prompts in its own tokens, and what ends its answers."""
+
+    pairs: pa.Table | None
+    prompt_ids: Any
+    end_ids: tuple[int, ...]
+
+
+def _read_by(champion: Asked, heldout: pa.Table, asked: pa.Table, config: RunConfig, notes: list[str]) -> _Reading:
+    """What the champion is asked.
 
     A champion with another tokenizer or chat template gives log-probs of other tokens, which cannot be set against the
-    reference's; its answers can be compared all the same.
+    reference's; its answers can be compared all the same. One that cannot read the pairs at all is asked nothing.
     """
     from dpo_train.data.tokens import PairTokenizer, load_tokenizer
 
+    # Over all sets: they lie one after the other.
+    rows = np.unique(np.linspace(0, len(heldout) - 1, min(TRIED_PAIRS, len(heldout))).astype(np.int64))
+    tried = heldout.take(pa.array(rows))
     try:
-        tokenizer = PairTokenizer(
-            load_tokenizer(model_folder(champion.model.path)), token_options(config.prepare, chat_template(config))
+        tokenizer = load_tokenizer(
+            model_folder(champion.model.path), trust_remote_code=champion.model.trust_remote_code
         )
-        tried = tokenizer.encode_many(_pairs(heldout.slice(0, TRIED_PAIRS)))
-        prompts = tokenizer.encode_many(_pairs(asked))
+        reader = PairTokenizer(tokenizer, token_options(config.prepare, chat_template(config)))
     except (ModelError, ConfigError) as error:
         notes.append(f"The champion is not compared: {error}")
-        return None, asked["prompt_ids"]
+        return _Reading(None, None, ())
+    encoded = [each for each in reader.encode_many(_pairs(tried)) if not isinstance(each, Rejection)]
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    same = all(
-        not isinstance(mine, Rejection) and all(list(getattr(mine.tokens, name)) == row[name] for name in columns)
-        for mine, row in zip(tried, heldout.slice(0, TRIED_PAIRS).select(columns).to_pylist(), strict=True)
-    )
-    if same:
-        return heldout.select(SCORE_COLUMNS), asked["prompt_ids"]
+    own = [[list(getattr(each.tokens, name)) for name in columns] for each in encoded]
+    if own == [[row[name] for name in columns] for row in tried.select(columns).to_pylist()]:
+        return _Reading(heldout.select(SCORE_COLUMNS), asked["prompt_ids"], turn_ends(heldout))
+    prompts = [each for each in reader.encode_many(_pairs(asked)) if not isinstance(each, Rejection)]
+    if len(prompts) < len(asked) or not encoded:
+        notes.append(
+            f"The champion is not compared: its chat template cannot write {len(asked) - len(prompts)} of "
+            f"{len(asked)} prompts"
+        )
+        return _Reading(None, None, ())
     notes.append(
         "The champion reads other tokens than the policy (another tokenizer or chat template): its answers are "
         "compared, its log-probs are not"
     )
-    own = [None if isinstance(each, Rejection) else each.tokens.prompt_ids.tolist() for each in prompts]
-    if refused := sum(ids is None for ids in own):
-        raise ConfigError(
-            f"The champion's chat template cannot write {refused} of {len(own)} prompts",
-            fix="set evaluate.champion=null, or evaluate.num_prompts=0",
-        )
-    return None, pa.array(own, pa.list_(pa.int32()))
+    ends = {int(each.tokens.chosen_ids[-1]) for each in encoded if not each.truncated_chosen}
+    prompt_ids = pa.array([each.tokens.prompt_ids.tolist() for each in prompts], pa.list_(pa.int32()))
+    return _Reading(None, prompt_ids, tuple(sorted(ends)))
 
 
 def _pairs(table: pa.Table) -> list[PreferencePair]:

@@ -11,8 +11,10 @@ from dpo_train import registry, storage
 from dpo_train.artifacts import Artifact, Output, Summary, open_artifact, void
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import MODEL_FOLDER, model_folder
+from dpo_train.data.shards import Split
 from dpo_train.describe import raw_data
 from dpo_train.errors import ConfigError, GateRefusedError, StoreError
+from dpo_train.evaluate.samples import turn_ends
 from dpo_train.progress import Reporter
 from dpo_train.report_file import REPORT_HTML, read_report
 from dpo_train.stages.common import check_made_from, make, model_digest
@@ -110,7 +112,7 @@ def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> regist
     def write(root: Path) -> None:
         from dpo_train.model.export import export_policy
 
-        export_policy(config.model, policy.path, root, tokenizer)
+        export_policy(config.model, policy.path, root, tokenizer, end_ids=_ends(config, policy))
         for file in registry.licence_files(folder):
             shutil.copy(file, root / MODEL_FOLDER)
         (root / MODEL_FOLDER / "README.md").write_text(registry.card_text(card), encoding="utf-8")
@@ -124,6 +126,15 @@ def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> regist
         description=f"{registry.accuracy_line(card.report)}; beta {card.beta:g}; all else in {MODEL_FOLDER}/README.md",
         metadata={"beta": card.beta, "base_model": card.base_model},
     )
+
+
+def _ends(config: RunConfig, policy: Artifact) -> tuple[int, ...]:
+    """The tokens that end answers in the policy's pairs, if they are to be found."""
+    try:
+        scored = open_artifact(storage.join(config.store, "score_reference", policy.record.inputs["scored"]))
+    except StoreError:
+        return ()
+    return turn_ends(Split(scored, "heldout").table(["chosen_ids", "truncated_chosen"]))
 
 
 def _card(

@@ -116,7 +116,7 @@ class Client:
                 return self._reply(body, bill)
             bill.cost = 0.0
         words = self._clean(body.decode("utf-8", "replace"))
-        if status == HTTPStatus.BAD_REQUEST and "max_completion_tokens" in words and self._limit_name == "max_tokens":
+        if status == HTTPStatus.BAD_REQUEST and "max_completion_tokens" in words and "max_tokens" in payload:
             self._limit_name = "max_completion_tokens"  # newer models of OpenAI know the limit by this name only
             return await self._send(messages)
         if status in _PASSING or (status >= 500 and status != HTTPStatus.NOT_IMPLEMENTED):

@@ -155,8 +155,9 @@ class _Run:
         return decision, reply
 
     async def _ask(self, client: Client, messages: Sequence[Mapping[str, str]]) -> str:
-        # All that decides the reply; not the address, which may change while the model is the same.
+        # All that decides the reply. The address too: two servers may have models of one name.
         request = {
+            "url": self._config.url,
             "model": self._config.model,
             "messages": list(messages),
             "temperature": self._config.temperature,

@@ -6,9 +6,13 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from dpo_train.errors import ConfigError, first_line
+
+_IMPORTED: dict[str, bytes] = {}
+"""What the file of each module held when it was imported here."""
 
 EXPECTED = "evaluate.judge.function=package.module:name"
 
@@ -28,6 +32,17 @@ def module_of(function: str) -> str:
     return module
 
 
+def _fresh(name: str) -> ModuleType:
+    """The module as its file is now: a notebook imports once and edits often, and the file's digest names the judge."""
+    module = importlib.import_module(name)
+    file = Path(module.__file__) if module.__file__ else None
+    content = file.read_bytes() if file is not None and file.is_file() else b""
+    if _IMPORTED.setdefault(name, content) != content:
+        module = importlib.reload(module)
+        _IMPORTED[name] = content
+    return module
+
+
 def find(function: str) -> Callable[..., Any]:
     """The function behind ``package.module:name``.
 
@@ -36,7 +51,7 @@ def find(function: str) -> Callable[..., Any]:
     """
     name = module_of(function)
     try:
-        module = importlib.import_module(name)
+        module = _fresh(name)
     except Exception as error:  # whatever a person's module does while it is imported
         raise ConfigError(
             f"The judge's module {name} cannot be imported: {type(error).__name__}: {first_line(error)}",

@@ -128,6 +128,17 @@ def test_share_with_few_wrong_groups_is_wilsons(wrong: int) -> None:
     assert found == wilson(200 - wrong, 100, n=200)
 
 
+def test_group_that_holds_half_of_all_pairs_counts_as_what_it_tells() -> None:
+    """39 groups of one pair and one of 39, all right: (39 + 39)^2 / (39 + 39^2) = 3.9 groups of one size, so that a bound
+    of 40 groups, 0.912, would be far too good; Wilson's of 3.9 is 3.9 / (3.9 + 1.96^2)."""
+    groups = [str(i) for i in range(39)] + ["large"] * 39
+
+    found = cluster_share(np.ones(78), groups, seed=0)
+
+    assert found.low == pytest.approx(3.9 / (3.9 + 1.959964**2))
+    assert (found.value, found.high, found.n) == (1.0, 1.0, 78)
+
+
 def test_share_with_many_of_both_is_resampled() -> None:
     """Ten groups right and ten wrong."""
     values = np.repeat([0.0, 1.0], 10)

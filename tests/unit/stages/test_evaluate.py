@@ -15,11 +15,13 @@ import pytest
 
 from dpo_train.artifacts import Artifact
 from dpo_train.config import EndpointJudge, FunctionJudge, RunConfig
+from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError
 from dpo_train.findings import Champion
 from dpo_train.model.load import merged_model
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.evaluate import ChampionModel
+from dpo_train.stages.evaluate_samples import distinct_prompts
 from dpo_train.stages.executor import InProcess, TableFunction
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer, write_pairs
 
@@ -143,6 +145,70 @@ def test_champion_of_other_tokens_is_compared_by_its_answers_alone(made: Made, t
     assert report["findings"]["heldout"]["champion"] is None
     assert "champion" in {each["model"] for each in report["findings"]["samples"]}
     assert "reads other tokens" in report["findings"]["notes"][0]
+
+
+def test_champion_that_cannot_read_the_pairs_is_asked_nothing(made: Made, tmp_path: Path) -> None:
+    """Without a chat template: a note says so, and it takes part in no comparison, which a rule might pass by."""
+    config, scored, policy = made
+    tiny_model(tmp_path, seed=5)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    counting = Counting()
+
+    report = report_of(evaluate(config, scored, policy, counting, champion=champion_of(tmp_path, "no template")))
+
+    assert counting.calls == 2
+    assert {each["model"] for each in report["findings"]["samples"]} == {"policy", "reference"}
+    assert report["findings"]["notes"][0].startswith("The champion is not compared")
+
+
+def test_champion_of_another_template_stops_at_the_end_of_its_own_turns(made: Made, tmp_path: Path) -> None:
+    """Its turns end in a token of their own, which is neither its tokenizer's end of sequence nor the policy's."""
+    config, scored, policy = made
+    tiny_model(tmp_path, seed=5)
+    template = tiny_tokenizer().chat_template.replace("<|im_end|>", "<|pad|>")
+    tiny_tokenizer(chat_template=template).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    found: list[tuple[int, ...]] = []
+
+    class Listening(InProcess):
+        def map_tables(self, make: Any, tables: Any, *, uses_model: bool) -> Iterator[pa.Table]:
+            if make.args[1].name == "champion":
+                found.append(make.args[1].end_ids)
+            return super().map_tables(make, tables, uses_model=uses_model)
+
+    evaluate(config, scored, policy, Listening(), champion=champion_of(tmp_path, "other end"))
+
+    assert found == [(tiny_tokenizer().pad_token_id,)]
+
+
+def test_pairs_that_another_model_scored_are_refused(made: Made, tmp_path: Path) -> None:
+    """Its log-probs would be measured against those of another reference."""
+    config, scored, policy = made
+    other = replace(config, model=replace(config.model, path=str(tiny_model(tmp_path / "other", seed=9))))
+
+    with pytest.raises(ConfigError, match="scored by another model"):
+        evaluate(other, scored, policy, LOCAL)
+
+
+def test_pairs_that_were_scored_in_another_dtype_are_refused(made: Made) -> None:
+    """As on a GPU: a policy in fp32 would differ from such a reference by rounding alone."""
+    config, scored, policy = made
+    record = replace(scored.record, config={**scored.record.config, "compute_dtype": "bfloat16"})
+
+    with pytest.raises(ConfigError, match="another dtype"):
+        evaluate(config, replace(scored, record=record), policy, LOCAL)
+
+
+def test_answers_are_of_different_groups(made: Made) -> None:
+    """Two pairs of one conversation are not independent, and one prompt of each is asked."""
+    config, scored, _ = made
+    heldout = Split(scored, "heldout").table()
+
+    asked = distinct_prompts(heldout, 1000)
+
+    groups = asked["group"].to_pylist()
+    assert len(set(groups)) == len(groups) == len(set(heldout["group"].to_pylist()))
 
 
 def test_without_a_champion_its_rules_do_not_apply(made: Made) -> None:

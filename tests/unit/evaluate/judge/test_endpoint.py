@@ -255,15 +255,18 @@ def test_no_key_is_sent_where_none_is_wanted(asked: Asked, monkeypatch: pytest.M
 
 
 def test_replies_are_kept(asked: Asked) -> None:
-    """A second evaluation sends nothing, whatever the address; another model or prompt is asked anew."""
+    """A second evaluation sends nothing; another model, temperature or server is asked anew: two servers may have
+    models of one name."""
     with serving(_honest) as server:
         first = asked.compare(server, _several(5))
+        assert asked.compare(server, _several(5)) == first
+        assert len(server.payloads) == 10
+        asked.compare(server, _several(5), model="another")
+        asked.compare(server, _several(5), temperature=0.5)
+        assert len(server.payloads) == 30
     with serving(_honest) as other:
-        assert asked.compare(other, _several(5)) == first
-        assert other.payloads == []
-        asked.compare(other, _several(5), model="another")
-        asked.compare(other, _several(5), temperature=0.5)
-    assert len(other.payloads) == 20
+        asked.compare(other, _several(5))
+    assert len(other.payloads) == 10
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"request": {}, "reply": "Preferred: A"}', '{"reply": 3}'])
@@ -332,8 +335,10 @@ def test_limit_of_tokens_goes_by_the_name_that_the_server_knows(asked: Asked) ->
 
     with serving(play) as server:
         found = asked.compare(server, _several(3), parallel=1)
+        assert len(server.payloads) == 7
+        # Several requests meet the refusal at once.
+        assert asked.compare(server, _several(8), parallel=4, model="another") == asked.compare(server, _several(8))
     assert [judgement.outcome for judgement in found] == [1.0, 0.0, 1.0]
-    assert len(server.payloads) == 7
 
 
 def test_interrupt_ends_it_promptly(asked: Asked) -> None:

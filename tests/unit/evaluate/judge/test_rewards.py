@@ -43,6 +43,16 @@ def test_function_of_the_current_folder_rewards(tmp_path: Path, monkeypatch: pyt
     assert found.schema.field("reward").type == pa.float64()
 
 
+def test_function_that_was_edited_is_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook the module was imported long ago; the judge's identity is its file as it is now."""
+    judge = _judge(tmp_path, "return 1", monkeypatch, "edited_rewards")
+    assert rewarder(judge, "cpu")(_rows("a"))["reward"].to_pylist() == [1.0]
+
+    _judge(tmp_path, "return 22.5", monkeypatch, "edited_rewards")
+
+    assert rewarder(judge, "cpu")(_rows("a"))["reward"].to_pylist() == [22.5]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
