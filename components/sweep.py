@@ -1,4 +1,4 @@
-"""scored pairs -> beta"""
+"""scored pairs -> settings of the training"""
 
 from kfp import dsl
 
@@ -12,15 +12,19 @@ def sweep(
     model: dsl.Input[dsl.Model],
     scored: dsl.Input[dsl.Dataset],
     choice: dsl.Output[dsl.Artifact],
+    frontier: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Chooses beta on validation pairs (Ray Tune); without sweep.betas it hands on train.beta.
+    """Chooses beta, and more if asked, on validation pairs (Ray Tune); with nothing to try it hands on train's.
 
     Args:
         config: the whole run config as YAML or JSON.
         run_id: MLflow's parent run.
         model: from sft.
         scored: from score_reference.
-        choice: the trials and the chosen beta.
+        choice: the trials and the chosen settings.
+        frontier: what each trial gains against how far it moves from the reference.
+        metrics: validation numbers of the chosen trial.
     """
     from dpo_train import launch
 
@@ -29,3 +33,6 @@ def sweep(
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("sweep", settings, inputs, run_id=run_id)
     choice.uri, choice.metadata = launch.uri(artifact), launch.metadata(artifact)
+    frontier.uri, frontier.metadata = launch.uri(artifact, "frontier.html"), launch.metadata(artifact)
+    for name, value in artifact.record.metrics.items():
+        metrics.log_metric(name, value)

@@ -44,7 +44,7 @@ def empty(folder: Path, *, last: str) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes text to a temporary neighbour, flushes it to disk and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)

@@ -92,6 +92,10 @@ class WorkerError(RunError):
     """A Ray worker died or raised an error of its own."""
 
 
+class OutOfMemoryError(RunError):
+    """The memory of a GPU, or of a machine, was too small."""
+
+
 class NotLearnedError(RunError):
     """The trained policy does not prefer the chosen answers on held-out pairs: nothing is registered."""
 
@@ -100,6 +104,13 @@ class GateRefusedError(DpoError):
     """The run is complete, its report is written, and a rule of the gate refused the model."""
 
     exit_code = 3
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch's and Ray's errors are called so, and the rest is known by its words."""
+    words = ("can't allocate memory", "not enough memory", "running low on memory")
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or any(text in str(error) for text in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ def export(
     gguf: bool = False,
     hub: Hub | None = None,
     chat_template: str | None = None,
+    end_ids: Sequence[int] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, int]:
     """Writes the model to ``target``: weights, config, generation config, tokenizer, and README.md if it has one.
@@ -66,6 +67,7 @@ def export(
         gguf: whether llama.cpp's converter writes ``<name of the folder>.gguf`` into it.
         hub: a repository of a model hub to push the folder to, in one commit.
         chat_template: the template that a training's output was trained with, where it is not its tokenizer's.
+        end_ids: tokens that end answers in a training's data, at which generation ends too.
         tell: gets a line before each step.
 
     Returns:
@@ -84,7 +86,7 @@ def export(
     with _scratch(target) as scratch:
         folder = scratch / storage.name_of(target)
         tell(f"writing {source.about}")
-        _write(source, folder, dtype, chat_template)
+        _write(source, folder, dtype, chat_template, end_ids)
         if converter is not None:
             tell(f"converting by {converter}")
             _convert(converter, folder, dtype)
@@ -100,13 +102,15 @@ def export(
 
 def _check_free(target: str) -> None:
     """Raises:
-    StoreError: the target is a file, or a folder with something in it.
+    StoreError: the target is a file, a mount point, or a folder with something in it.
     """
     if storage.is_remote(target):
         storage.check_access(target, write=True)
         is_used = bool(storage.list_files(target.rstrip("/") + "/"))
     else:
         path = Path(target)
+        if path.is_mount():
+            raise _mounted(target)
         is_used = any(path.iterdir()) if path.is_dir() else path.exists()
     if is_used:
         raise StoreError(
@@ -127,12 +131,14 @@ def _scratch(target: str) -> Iterator[Path]:
         yield Path(path)
 
 
-def _write(source: NamedModel, folder: Path, dtype: Dtype | None, chat_template: str | None) -> None:
+def _write(
+    source: NamedModel, folder: Path, dtype: Dtype | None, chat_template: str | None, end_ids: Sequence[int]
+) -> None:
     if source.weights is None:
         _copy(model_folder(source.model.path), folder, dtype)
     else:
         made = folder.parent / "merged"
-        _merge(source, made, chat_template)
+        _merge(source, made, chat_template, end_ids)
         if dtype is None:
             (made / MODEL_FOLDER).rename(folder)
         else:
@@ -142,7 +148,7 @@ def _write(source: NamedModel, folder: Path, dtype: Dtype | None, chat_template:
         _strip_paths(file)
 
 
-def _merge(source: NamedModel, made: Path, chat_template: str | None) -> None:
+def _merge(source: NamedModel, made: Path, chat_template: str | None, end_ids: Sequence[int]) -> None:
     """The training's policy as a model folder ``made/model``, with the licence that came with its base."""
     from dpo_train.data.tokens import load_tokenizer
     from dpo_train.model.export import export_policy
@@ -154,7 +160,7 @@ def _merge(source: NamedModel, made: Path, chat_template: str | None) -> None:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     made.mkdir()
-    export_policy(source.model, source.weights, made, tokenizer)
+    export_policy(source.model, source.weights, made, tokenizer, end_ids=end_ids)
     for file in licence_files(base):
         shutil.copyfile(file, made / MODEL_FOLDER / file.name)
 
@@ -215,9 +221,14 @@ def _strip_paths(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         return
-    paths = {key for key in _PATH_KEYS & content.keys() if Path(str(content[key])).is_absolute()}
-    if paths:
-        _write_json(file, {key: value for key, value in content.items() if key not in paths})
+    if (kept := _without_paths(content)) != content:
+        _write_json(file, kept)
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Models made of several have a config for each, in which the same stands."""
+    kept = {k: v for k, v in config.items() if not (k in _PATH_KEYS and Path(str(v)).is_absolute())}
+    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -234,7 +245,13 @@ def _move(folder: Path, target: str) -> Path:
     except OSError as error:
         if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
             raise StoreError(f"Someone else has written to {target} meanwhile", fix="name another folder") from None
+        if error.errno == errno.EBUSY:
+            raise _mounted(target) from None
         raise
+
+
+def _mounted(target: str) -> StoreError:
+    return StoreError(f"{target} is a mount point, in whose place no folder can be put", fix="name a folder in it")
 
 
 def _upload(folder: Path, target: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # What only shows or moves results is not part of what computes them.
-_PRESENTATION = {"cli", "cluster", "progress.py", "tracking.py", "launch.py", "describe.py", "runs.py", "storage"}
+_PRESENTATION = {"cli", "cluster", "progress.py", "tracking", "launch.py", "describe.py", "runs.py", "storage"}
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpo_train import storage
-from dpo_train.artifacts import Artifact, complete_below, local_copy, open_artifact
+from dpo_train.artifacts import Artifact, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
-from dpo_train.describe import metadata, raw_data, refusal, summary, uri
+from dpo_train.describe import metadata, refusal, summary, uri
 from dpo_train.errors import DpoError, GateRefusedError, StoreError
 from dpo_train.preflight import check_inputs, check_store, check_tracking, use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
@@ -85,8 +85,11 @@ class Result:
         return str(self.artifacts["register"].record.details["uri"])
 
 
-def open_run(config: RunConfig, name: str) -> str:
-    """Creates MLflow's parent run and returns its id.
+def open_run(config: RunConfig, name: str, *, kubeflow_run: str | None = None) -> str:
+    """Creates MLflow's parent run, or takes the one that a Kubeflow plugin has opened, and returns its id.
+
+    Args:
+        kubeflow_run: id of the pipeline's run in Kubeflow; default: KFP_RUN_ID.
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses.
@@ -95,7 +98,8 @@ def open_run(config: RunConfig, name: str) -> str:
     with _told(reporter):
         from dpo_train.tracking import Tracking
 
-        run_id = Tracking(config).start_pipeline(name)
+        kubeflow_run = kubeflow_run or os.environ.get("KFP_RUN_ID")
+        run_id = Tracking(config).start_pipeline(name, kubeflow_run=kubeflow_run)
     reporter.event("run", run_id=run_id)
     return run_id
 
@@ -106,7 +110,8 @@ def close_run(config: RunConfig, run_id: str, error: BaseException) -> None:
 
     tracking = Tracking(config)
     if tracking.is_running(run_id):
-        tracking.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error)
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        tracking.end(run_id, status, f"{type(error).__name__}: {error}")
 
 
 def resolve_device(config: RunConfig) -> RunConfig:
@@ -238,26 +243,12 @@ def _tracked(
 ) -> Artifact:
     """The stage within its MLflow run."""
     from dpo_train.tracking import Tracking
+    from dpo_train.tracking.stage import tracked
 
     tracking = Tracking(config)
-    stage_run = tracking.start_run(stage, parent=run_id, tags={"dpo.kind": "stage", "dpo.stage": stage})
-    try:
-        with tracking.following(stage_run, events, stage) as logged:
-            artifact = _call(stage, config, inputs, tracking, stage_run, output, base=base)
-        _log(config, tracking, stage_run, artifact, logged)
-        tracking.end(stage_run, "FINISHED")
-        if run_id and stage == "register":
-            tracking.finish_pipeline(run_id, registered=refusal(artifact) is None)
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        for failed in filter(None, (stage_run, run_id)):
-            try:
-                tracking.end(failed, status, error)
-            except DpoError as second:
-                # The stage's own error is the one to tell; that MLflow is away as well goes to the log.
-                print(second)
-        raise
-    return artifact
+    with tracked(config, tracking, stage, run_id, events) as body:
+        body.artifact = _call(stage, config, inputs, tracking, body.run_id, output, base=base)
+    return body.artifact
 
 
 @contextlib.contextmanager
@@ -284,7 +275,7 @@ def _call(
     config: RunConfig,
     inputs: Mapping[str, Artifact],
     tracking: Tracking,
-    stage_run: str,
+    stage_run: str | None,
     output: Path | str | None,
     *,
     base: str,
@@ -298,9 +289,7 @@ def _call(
         "sft": lambda **more: stages.sft(config, inputs["prepare"], executor, **more),
         "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], executor, **more),
         "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], executor, **more),
-        "train": lambda **more: stages.train(
-            config, inputs["score_reference"], executor, beta=_swept_beta(inputs), **more
-        ),
+        "train": lambda **more: stages.train(_as_swept(config, inputs), inputs["score_reference"], executor, **more),
         "evaluate": lambda **more: stages.evaluate(
             config,
             inputs["score_reference"],
@@ -326,16 +315,17 @@ def _executor(config: RunConfig) -> Executor:
     return RayExecutor(config.compute)
 
 
-def _swept_beta(inputs: Mapping[str, Artifact]) -> float | None:
-    """The sweep's choice, made on the very pairs that are trained on."""
+def _as_swept(config: RunConfig, inputs: Mapping[str, Artifact]) -> RunConfig:
+    """The config with what the sweep has chosen, on the very pairs that are trained on."""
     if "sweep" not in inputs:
-        return None
+        return config
     from dpo_train.stages.common import check_made_from
+    from dpo_train.stages.sweep import chosen_config
 
     choice = inputs["sweep"]
     if choice.record.counts["trials"]:
         check_made_from(choice, "scored", inputs["score_reference"])
-    return float(choice.record.details["beta"])
+    return chosen_config(config, choice)
 
 
 def _champion(config: RunConfig, tracking: Tracking, policy: Artifact) -> ChampionModel | None:
@@ -380,26 +370,3 @@ def _events(config: RunConfig, run_id: str | None) -> Iterator[Path]:
         yield folder.events
     finally:
         del os.environ[ENVIRONMENT_KEY]
-
-
-def _history(artifact: Artifact) -> list[dict[str, float]]:
-    from dpo_train.metrics_file import METRICS_FILE, read_history
-
-    return read_history(artifact.file(METRICS_FILE)) if METRICS_FILE in artifact.record.files else []
-
-
-def _log(config: RunConfig, tracking: Tracking, stage_run: str, artifact: Artifact, logged: set[int]) -> None:
-    """Completes the stage's run, and under a sweep adds a run for each trial."""
-    history = _history(artifact)
-    tracking.log_history(stage_run, [line for line in history if int(line["step"]) not in logged], logged)
-    tracking.log_artifact(stage_run, artifact, history)
-    if artifact.record.stage == "prepare":
-        tracking.log_data(stage_run, raw_data(config, artifact), artifact.record.counts)
-    is_new_sweep = artifact.record.stage == "sweep" and not artifact.reused
-    for home in complete_below(storage.join(artifact.home, "trials")) if is_new_sweep else ():
-        trial = open_artifact(home)
-        trial_run = tracking.start_run(storage.name_of(home), parent=stage_run, tags={"dpo.kind": "trial"})
-        trial_history = _history(trial)
-        tracking.log_history(trial_run, trial_history, set())
-        tracking.log_artifact(trial_run, trial, trial_history)
-        tracking.end(trial_run, "FINISHED")

@@ -28,6 +28,6 @@ def dpo(config: str, run_name: str = "dpo") -> None:
     common["model"] = model.output
     scored = score_reference(**common, pairs=pairs.outputs["pairs"]).set_caching_options(False)
     choice = sweep(**common, scored=scored.output).set_caching_options(False)
-    policy = train(**common, scored=scored.output, choice=choice.output).set_caching_options(False)
+    policy = train(**common, scored=scored.output, choice=choice.outputs["choice"]).set_caching_options(False)
     report = evaluate_policy(**common, scored=scored.output, policy=policy.output).set_caching_options(False)
     register(**common, policy=policy.output, report=report.outputs["report"]).set_caching_options(False)

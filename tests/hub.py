@@ -1,8 +1,9 @@
-"""A model hub of our own, spoken to over HTTP: as much of it as a push needs."""
+"""A model hub of our own, spoken to over HTTP: as much of it as a push and a download need."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import huggingface_hub.constants
 import pytest
 
 TOKEN = "hf_writer"
+SHA = "0" * 40
 
 
 @dataclass
@@ -29,7 +31,7 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: list[str] = []
+        self.files: dict[str, bytes] = {}
         """What the repository holds already."""
         self.refuse_commits = False
         self.created: list[dict[str, Any]] = []
@@ -42,7 +44,10 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        files = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
@@ -58,9 +63,16 @@ class _Handler(BaseHTTPRequestHandler):
             known = self.headers["authorization"] == f"Bearer {TOKEN}"
             self._answer({"name": "writer", "orgs": []} if known else {"error": "Invalid token"}, 200 if known else 401)
         elif "/tree/" in self.path:
-            self._answer([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.server.files])
+            files = self.server.files.items()
+            self._answer([{"type": "file", "path": n, "size": len(b), "oid": _digest(b)} for n, b in files])
+        elif "/revision/" in self.path:
+            self._answer({"id": "org/name", "sha": SHA})
+        elif "/resolve/" in self.path:
+            self._send(self.server.files[self.path.rpartition("/")[2]])
         else:
             self._answer({})
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -87,12 +99,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"commitUrl": "https://huggingface.co/org/name/commit/0", "commitOid": "0"})
 
     def _answer(self, content: Any, status: int = 200) -> None:
-        text = json.dumps(content).encode()
+        self._send(json.dumps(content).encode(), status)
+
+    def _send(self, content: bytes, status: int = 200) -> None:
         self.send_response(status)
         self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(text)))
+        self.send_header("content-length", str(len(content)))
+        self.send_header("etag", _digest(content))
+        self.send_header("x-repo-commit", SHA)
         self.end_headers()
-        self.wfile.write(text)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, *unused: Any) -> None:
         """Says nothing."""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

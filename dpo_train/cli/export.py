@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_train import launch, storage
-from dpo_train.artifacts import open_artifact
+from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.cli.quiet import quiet
 from dpo_train.config import RunConfig, load_config
 from dpo_train.errors import ConfigError, UserError
@@ -45,6 +45,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Writes the folder, and says from what."""
     from dpo_train import export as exporting
     from dpo_train.stages.prepare_inputs import chat_template
+    from dpo_train.stages.register import answer_ends
 
     # Terminated, it leaves as little behind as interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,26 +55,32 @@ def export(arguments: argparse.Namespace) -> int:
         raise ConfigError("--public is about what --push creates", fix="add --push ORG/NAME, or leave it out")
     hub = None if arguments.push is None else exporting.Hub(repository=arguments.push, public=arguments.public)
     target = _absolute(arguments.folder)
+    policy = None if arguments.policy is None else open_artifact(_absolute(arguments.policy), "train")
     with quiet():
         sizes = exporting.export(
-            _source(config, arguments),
+            _source(config, policy, arguments),
             target,
             dtype=arguments.dtype,
             gguf=arguments.gguf,
             hub=hub,
             chat_template=chat_template(config),
-            tell=lambda line: print(line, flush=True),
+            end_ids=() if policy is None else answer_ends(config, policy, _tell),
+            tell=_tell,
         )
     print(f"wrote {target}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return 0
 
 
-def _source(config: RunConfig, arguments: argparse.Namespace) -> NamedModel:
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _source(config: RunConfig, policy: Artifact | None, arguments: argparse.Namespace) -> NamedModel:
     from dpo_train import named_models, registry
     from dpo_train.tracking import TrackingError
 
-    if arguments.policy is not None:
-        return named_models.of_training(config, open_artifact(_absolute(arguments.policy), "train"))
+    if policy is not None:
+        return named_models.of_training(config, policy)
     launch.check_tracking(config)
     if arguments.version is not None or arguments.alias is not None:
         return named_models.registered(config, arguments.alias or str(arguments.version))

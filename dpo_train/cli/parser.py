@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import chat, commands, export, models
+from dpo_train.cli import chat, commands, export, models, runs
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -19,6 +19,7 @@ start here:
   dpo init my.yaml                          a commented config for your data and model
   dpo run my.yaml                           the whole pipeline on this machine
   dpo run my.yaml train.beta=0.2            the same with another beta; only what depends on it runs again
+  dpo runs my.yaml                          list and compare runs; dpo reproduce runs one again
   dpo ui my.yaml                            browse runs and models in MLflow
   dpo chat my.yaml                          talk to champion, challenger and reference side by side
   dpo promote my.yaml                       make the challenger the champion
@@ -56,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=commands.version())
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    run = _with_config(subparsers, "run", "the whole pipeline on this machine", commands.run)
-    run.add_argument("--name", default="dpo", help="name of the run in MLflow (default: %(default)s)")
+    whole = _with_config(subparsers, "run", "the whole pipeline on this machine", commands.run)
+    whole.add_argument("--name", default="dpo", help="name of the run in MLflow (default: %(default)s)")
     for name, text in STAGE_HELP.items():
         stage = _with_config(subparsers, name, text, commands.stage)
         stage.set_defaults(stage=name.replace("-", "_"))
@@ -70,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     compiling.set_defaults(command=commands.compile_pipeline)
     ui = _with_config(subparsers, "ui", "browse runs and models in MLflow", commands.ui)
     ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    _with_config(subparsers, "runs", runs.RUNS_HELP, runs.runs, runs.add_runs_arguments)
+    again = subparsers.add_parser("reproduce", help=runs.REPRODUCE_HELP, description=f"{runs.REPRODUCE_HELP}.")
+    runs.add_reproduce_arguments(again)
+    again.set_defaults(command=runs.reproduce)
     promote = _with_config(subparsers, "promote", "make a registered version the champion", models.promote)
     promote.add_argument("--version", metavar="N", help="number or alias of the version (default: the challenger)")
     _with_config(subparsers, "rollback", "make the champion before this one champion again", models.rollback)

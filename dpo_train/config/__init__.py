@@ -14,7 +14,8 @@ from dpo_train.config.judging import EndpointJudge, FunctionJudge, JudgeConfig, 
 from dpo_train.config.kinds import check_alias
 from dpo_train.config.loading import load_config, parse_config, to_dict, to_text
 from dpo_train.config.run import ComputeConfig, RunConfig, StorageConfig, TrackingConfig
-from dpo_train.config.training import FitConfig, LoraConfig, Loss, ModelConfig, SftConfig, SweepConfig, TrainConfig
+from dpo_train.config.sweeping import LogUniform, SelectConfig, SweepConfig
+from dpo_train.config.training import FitConfig, LoraConfig, Loss, ModelConfig, SftConfig, TrainConfig
 
 __all__ = [
     "ComputeConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "FunctionJudge",
     "GateConfig",
     "JudgeConfig",
+    "LogUniform",
     "LoraConfig",
     "Loss",
     "ModelConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "RewardModelJudge",
     "RunConfig",
     "ScoreConfig",
+    "SelectConfig",
     "SftConfig",
     "SourceConfig",
     "Split",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from dpo_train import objective
 from dpo_train.config.data import PrepareConfig, SourceConfig
 from dpo_train.config.judging import FunctionJudge, RewardModelJudge
 from dpo_train.config.run import RunConfig
+from dpo_train.config.sweeping import LogUniform, SweepConfig
 from dpo_train.config.training import FitConfig, TrainConfig
 from dpo_train.errors import ConfigError
 
@@ -24,12 +26,7 @@ def check(config: RunConfig, origin: str) -> None:
             prepare.heldout_fraction + prepare.validation_fraction >= 1
         ),
         "prepare.max_heldout_pairs is below evaluate.min_heldout_pairs": too_few,
-        "a sweep over beta chooses how near to stay to the reference, at which no loss of train.loss looks": (
-            config.sweep.betas and objective.is_reference_free(train.loss)
-        ),
-        "a sweep needs validation pairs, but prepare.validation_fraction is 0": (
-            config.sweep.betas and not _may_hold(prepare, "validation")
-        ),
+        **_sweep_mistakes(config),
         "train.keep=best and train.patience need validation pairs, but prepare.validation_fraction is 0": (
             (train.keep == "best" or train.patience is not None) and not _may_hold(prepare, "validation")
         ),
@@ -99,7 +96,6 @@ def _tensor_parallel_mistakes(config: RunConfig) -> dict[str, bool]:
         ),
         "compute.tensor_parallel shards weights, and compute.shard is off": compute.shard == "off",
         "compute.tensor_parallel needs several workers, and compute.executor=local is one": compute.executor == "local",
-        "compute.tensor_parallel needs several workers, and each trial of a sweep is one": bool(config.sweep.betas),
     }
     return wrong if compute.tensor_parallel > 1 else {}
 
@@ -118,6 +114,17 @@ def _evaluation_mistakes(config: RunConfig) -> dict[str, bool]:
             and not section.num_prompts
             for name, is_set in by_samples.items()
         },
+        **{
+            f"evaluate.gate.{name} compares with a champion, but evaluate.champion is null": (
+                getattr(gate, name) is not None and section.champion is None
+            )
+            for name in ("min_win_rate_champion", "max_set_loss")
+        },
+        "a prompt of prepare.max_prompt_tokens with an answer of evaluate.max_sample_tokens may be longer than "
+        "evaluate.row_tokens": (
+            section.num_prompts > 0
+            and config.prepare.max_prompt_tokens + section.max_sample_tokens > section.row_tokens
+        ),
         "evaluate.judge needs sampled answers, but evaluate.num_prompts is 0": (
             section.judge is not None and not section.num_prompts
         ),
@@ -131,6 +138,73 @@ def _evaluation_mistakes(config: RunConfig) -> dict[str, bool]:
             section.best_of is not None and section.temperatures[:1] == (0.0,)
         ),
     }
+
+
+def _sweep_mistakes(config: RunConfig) -> dict[str, bool]:
+    sweep, train = config.sweep, config.train
+    space, losses = sweep.space, sweep.losses or (train.loss,)
+    size = math.prod(len(values) for values in space.values() if not isinstance(values, LogUniform))
+    by_judge = sweep.select.metric in {"reward", "win_rate"}
+    by_samples = by_judge or sweep.select.max_kl is not None or sweep.select.max_length_growth is not None
+    rewards = isinstance(config.evaluate.judge, FunctionJudge | RewardModelJudge)
+    every = {
+        "a sweep over beta chooses how near to stay to the reference, at which no loss of train.loss looks": (
+            bool(sweep.betas) and any(objective.is_reference_free(loss) for loss in losses)
+        ),
+        "a sweep needs validation pairs, but prepare.validation_fraction is 0": not _may_hold(
+            config.prepare, "validation"
+        ),
+        **{f"{key}: low must be below high": r.low >= r.high for key, r in sweep.ranges.items()},
+        "sweep.search=grid cannot try every value of a range: set sweep.search=random and sweep.trials": (
+            bool(sweep.ranges) and sweep.search == "grid"
+        ),
+        f"sweep.search={sweep.search} needs sweep.trials, how many combinations to try": (
+            sweep.search != "grid" and sweep.trials is None
+        ),
+        "sweep.trials has no meaning with sweep.search=grid, which tries all combinations": (
+            sweep.search == "grid" and sweep.trials is not None and not sweep.ranges
+        ),
+        f"sweep.trials={sweep.trials} is more than the {size} combinations that there are": (
+            not sweep.ranges and sweep.search != "grid" and (sweep.trials or 0) > size
+        ),
+        "sweep.halving compares trials that start together, and optuna proposes some by what others found": (
+            sweep.halving is not None and sweep.search == "optuna"
+        ),
+        "sweep.lora_ranks needs train.lora": bool(sweep.lora_ranks) and train.lora is None,
+        "sweep.lora_ranks cannot change the rank of model.adapter": (
+            bool(sweep.lora_ranks) and config.model.adapter is not None
+        ),
+        "sweep.use=policy takes a trial for the training, but sweep.max_steps makes trials shorter or longer": (
+            sweep.use == "policy" and sweep.max_steps is not None and sweep.max_steps != train.max_steps
+        ),
+        "sweep.select.metric=reward needs a judge that rewards an answer by itself (evaluate.judge, kind: function or "
+        "reward_model)": sweep.select.metric == "reward" and not rewards,
+        "sweep.select.metric=win_rate needs evaluate.judge": (
+            sweep.select.metric == "win_rate" and config.evaluate.judge is None
+        ),
+        "sweep.select looks at sampled answers, but sweep.num_prompts is 0": by_samples and not sweep.num_prompts,
+        **{
+            f"sweep.losses: {loss}: {text}": True
+            for loss in sweep.losses
+            for text in _objective_mistakes(dataclasses.replace(train, loss=loss), with_options=False)
+        },
+        **{
+            f"sweep.losses: {loss}: prepare.pairing=ranking: {text}": any(
+                source.pairing == "ranking" for source in config.prepare.all_sources
+            )
+            for loss in sweep.losses
+            for text in ranking_mistakes(dataclasses.replace(train, loss=loss))
+        },
+    }
+    defaults = SweepConfig()
+    # max_steps and use may stay in a config whose betas are taken away for one run.
+    names = ("search", "trials", "seeds", "halving")
+    unread = [name for name in names if getattr(sweep, name) != getattr(defaults, name)]
+    nothing = {
+        f"sweep.{', sweep.'.join(unread)} would change a sweep, but it has nothing to try: set sweep.betas, "
+        "learning_rates, losses, epochs or lora_ranks": bool(unread)
+    }
+    return every if space else nothing
 
 
 def ranking_mistakes(train: TrainConfig) -> list[str]:
@@ -167,7 +241,8 @@ def _places(config: RunConfig) -> list[tuple[str, str, bool]]:
     return [(where, path, "://" in path and path.split("://")[0] not in kinds) for where, path, kinds in places]
 
 
-def _objective_mistakes(train: TrainConfig) -> list[str]:
+def _objective_mistakes(train: TrainConfig, *, with_options: bool = True) -> list[str]:
+    """``with_options=False``: options of one loss alone are for some other trial of a sweep."""
     defaults = {item.name: item.default for item in dataclasses.fields(train)}
     return objective.mistakes(
         train.loss,
@@ -175,5 +250,9 @@ def _objective_mistakes(train: TrainConfig) -> list[str]:
         divergence=train.divergence,
         ld_alpha=train.ld_alpha,
         wpo=train.wpo,
-        options=[name for name in (*objective.OPTION_OF, "divergence_alpha") if getattr(train, name) != defaults[name]],
+        options=[
+            name
+            for name in (*objective.OPTION_OF, "divergence_alpha")
+            if with_options and getattr(train, name) != defaults[name]
+        ],
     )

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 def check_alias(alias: str) -> str:
     """An alias that MLflow takes."""
-    if not re.fullmatch(r"(?!latest$|v\d+$)[\w-]+", alias):
-        raise ValueError("is no alias that MLflow takes: letters, digits, - and _, but not `latest` or `v1`")
+    if not re.fullmatch(r"(?!latest$|v?\d+$)[\w-]+", alias):
+        raise ValueError("is no alias that MLflow takes: letters, digits, - and _, but not `latest`, `v1` or `1`")
     return alias
 
 
@@ -23,7 +23,7 @@ Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 ModelName = Annotated[str, Field(pattern=r"^[^/:'\"]+$")]
-# MLflow keeps "latest" and v1, v2, ... for itself.
+# MLflow keeps "latest" and v1, v2, ... for itself; a number names a version.
 Alias = Annotated[str, AfterValidator(check_alias)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

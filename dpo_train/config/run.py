@@ -10,7 +10,8 @@ from annotated_types import Ge
 from dpo_train.config.data import PrepareConfig, ScoreConfig
 from dpo_train.config.evaluation import EvaluateConfig, RegisterConfig
 from dpo_train.config.kinds import STRICT, Count, Seed, option
-from dpo_train.config.training import ModelConfig, SftConfig, SweepConfig, TrainConfig
+from dpo_train.config.sweeping import SweepConfig
+from dpo_train.config.training import ModelConfig, SftConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,13 +133,3 @@ class SftConfig:
 
 FitConfig: TypeAlias = TrainConfig | SftConfig
 """A training of either kind: the loop, the optimiser and the checkpoints read what both have."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """scored pairs -> the beta to train with, chosen on validation pairs"""
-
-    __pydantic_config__ = STRICT
-
-    betas: tuple[Positive, ...] = option((), "betas to try; empty: no sweep, train.beta is used")
-    max_steps: Count | None = option(None, "steps of a trial; default: as long as the training")

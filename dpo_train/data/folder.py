@@ -18,6 +18,9 @@ MODEL_FOLDER = "model"
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+"""How the names of files begin that say under which terms a model is given, in capitals."""
+
 # <store>/<stage>/<digest>/model; to look for a record beside every other model as well would be a request for nothing.
 _STORED = re.compile(rf"(.+/[a-z_]+/[0-9a-f]{{16}})/{MODEL_FOLDER}/?")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".index.json")
@@ -41,7 +44,8 @@ def model_folder(path: str, option: str = "model.path") -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
-        snapshot = Path(snapshot_download(path, allow_patterns=patterns))
+        prose = [_in_any_case(name) for name in ("README.MD", *(f"{name}*" for name in LICENCE_FILES))]
+        snapshot = Path(snapshot_download(path, allow_patterns=patterns + prose))
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ModelError(
@@ -49,6 +53,11 @@ def model_folder(path: str, option: str = "model.path") -> Path:
             fix="check the name and the network, or download it and give its folder",
         ) from None
     return _checked(snapshot)
+
+
+def _in_any_case(name: str) -> str:
+    """A pattern of file names, of which the hub's client knows no other kind than by case."""
+    return "".join(f"[{letter}{letter.lower()}]" if letter.isalpha() else letter for letter in name)
 
 
 def _of_output(path: str) -> Path | None:
@@ -118,7 +127,7 @@ def _loaded(folder: Path) -> list[Path]:
 
 
 def _is_prose(name: str) -> bool:
-    return name.lower().endswith(".md") or name.upper().startswith("LICENSE")
+    return name.lower().endswith(".md") or name.upper().startswith(LICENCE_FILES)
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:

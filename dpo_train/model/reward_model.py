@@ -5,11 +5,13 @@ B conversations of a batch, T tokens of the longest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpo_train.errors import ModelError, RunError, first_line
 
@@ -38,22 +40,21 @@ class RewardModel:
         self._model = _load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
         self._tokenizer = _tokenizer(folder)
         self._has_pad = self._model.config.pad_token_id is not None
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
-        self._max_tokens = min(max_tokens, positions, self._tokenizer.model_max_length)
+        self._max_tokens = min(max_tokens, _positions(self._model), self._tokenizer.model_max_length)
 
     @torch.no_grad()
     def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
-        """The reward of each; NaN where the model computes none.
+        """The reward of each; NaN where the model computes none, and of a conversation without a token.
 
         Raises:
             RunError: the chat template refuses a conversation.
         """
         encoded = [self._encode(messages, answer) for messages, answer in conversations]
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]), reverse=True)
-        rewards = [0.0] * len(encoded)
+        sizes = [len(item["input_ids"]) for item in encoded]
+        order = sorted(filter(sizes.__getitem__, range(len(sizes))), key=sizes.__getitem__, reverse=True)
+        rewards = [math.nan] * len(encoded)
         while order:
-            longest = len(encoded[order[0]]["input_ids"])
-            count = max(1, BATCH_TOKENS // longest)
+            count = max(1, BATCH_TOKENS // sizes[order[0]])
             batch, order = order[:count], order[count:]
             rewards_B = self._model(**self._batch([encoded[index] for index in batch])).logits[:, 0].float()
             for index, reward in zip(batch, rewards_B.tolist(), strict=True):
@@ -119,6 +120,20 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             expected="a model that was trained for sequence classification",
         )
     return model.eval()
+
+
+def _positions(model: Any) -> float:
+    """Most tokens that the model has positions for; inf: it has no limit.
+
+    RoBERTa and its kin count positions from the padding's index + 1, so that 514 of them are 512 tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    before = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return limit - max(before, default=0)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from dpo_train.data.folder import LICENCE_FILES
+
 _SPDX = {"apache license": "apache-2.0", "mit license": "mit"}
 """First lines of licence files that say no more than which one they are."""
-_LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def accuracy_line(report: Mapping[str, Any]) -> str:
 
 def licence_files(base: Path) -> list[Path]:
     """What the base model's folder says of its licence, to be handed on with the weights."""
-    return sorted({file for pattern in _LICENCE_FILES for file in base.glob(pattern) if file.is_file()})
+    return sorted(file for file in base.glob("*") if file.name.upper().startswith(LICENCE_FILES) and file.is_file())
 
 
 def find_licence(base: Path, given: str | None = None) -> str:
@@ -112,7 +113,9 @@ def _data(card: Card) -> Iterator[str]:
 def _training(card: Card) -> Iterator[str]:
     yield "## Training\n"
     shown = {"beta": card.beta, **{key: value for key, value in card.training.items() if key != "beta"}}
-    yield from _table(("option", "value"), [(key, f"`{json.dumps(value)}`") for key, value in shown.items()])
+    # Also inside of code a bar ends a table's cell.
+    rows = [(key, f"`{json.dumps(value)}`".replace("|", r"\|")) for key, value in shown.items()]
+    yield from _table(("option", "value"), rows)
 
 
 def _evaluation(card: Card) -> Iterator[str]:

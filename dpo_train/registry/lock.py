@@ -8,12 +8,13 @@ model ``m`` is a registered model ``m.lock``, created with the holder, a token a
                                 name, so one of them fails, also where it comes late and the lock is another's
 
 The expired lock stays for KEEP_SECONDS under its new name, because it is this name that stops a late taker. The clocks
-of all who promote must agree within MARGIN_SECONDS / 2; a holder writes nothing in its lease's last MARGIN_SECONDS.
+of all who promote must agree within MARGIN_SECONDS / 3; a holder writes nothing in its lease's last MARGIN_SECONDS.
 """
 
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import socket
 import time
@@ -23,15 +24,18 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from dpo_train.errors import RunError, UserError
+from dpo_train.errors import RunError, UserError, first_line
 
 LEASE_SECONDS = 90.0
-MARGIN_SECONDS = 40.0
-"""More than a request can take, REQUEST_SECONDS twice and a pause."""
+MARGIN_SECONDS = 60.0
+"""A request with its repetition (REQUEST_SECONDS each, and a pause) and 20 s between two clocks."""
 REQUEST_SECONDS = 15
 KEEP_SECONDS = 3600.0
 POLL_SECONDS = 0.5
+GIVE_UP_SECONDS = 30.0
+"""Over what may be waited for another holder: of a lock that nobody holds and that still cannot be had."""
 
+_LOG = logging.getLogger(__name__)
 _HOLDER, _TOKEN, _SINCE, _EXPIRES = "dpo.lock.holder", "dpo.lock.token", "dpo.lock.since", "dpo.lock.expires"
 _EXISTS = {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}
 ABSENT = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
@@ -56,6 +60,7 @@ def locked(
 
     Raises:
         LockedError: it is held by another, whom the message names.
+        RunError: nobody holds it, and still the server does not give it.
         UserError: there is a registered model of the lock's name that is no lock.
     """
     token = uuid.uuid4().hex[:16]
@@ -63,7 +68,7 @@ def locked(
         expires = _acquire(client, name, token, wait_seconds, lease_seconds)
 
         def check() -> None:
-            if time.time() > expires - min(MARGIN_SECONDS, lease_seconds / 2):
+            if time.time() > expires - min(MARGIN_SECONDS, lease_seconds * 2 / 3):
                 raise LockedError(
                     f"This took longer than the {lease_seconds:g} s for which {name} was locked, and others may go on",
                     fix="see what the aliases are now (`dpo ui`), and run the command again",
@@ -74,8 +79,7 @@ def locked(
         finally:
             with suppress(LockedError):
                 check()  # past it the lock may be another's already, and is not ours to delete
-                client.delete_registered_model(lock_name(name))
-                _clear(client, name)
+                _release(client, name)
 
 
 def lock_name(name: str) -> str:
@@ -97,21 +101,30 @@ def _acquire(client: Any, name: str, token: str, wait_seconds: float, lease_seco
         if _did(_EXISTS | ABSENT, client.create_registered_model, lock_name(name), tags):
             return now + lease_seconds
         found = _read(client, name)
-        if found is None:
-            continue  # released since
-        if found[_TOKEN] == token:
+        if found is not None and found[_TOKEN] == token:
             return float(found[_EXPIRES])  # the answer to our request was lost, and it was sent again
-        if float(found[_EXPIRES]) < time.time():
-            _put_aside(client, name, found[_TOKEN])
-        elif time.monotonic() >= deadline:
-            since = datetime.fromtimestamp(float(found[_SINCE]), UTC)
-            left = float(found[_EXPIRES]) - time.time()
-            raise LockedError(
-                f"The aliases of {name} are being changed by {found[_HOLDER]} since {since:%Y-%m-%d %H:%M:%S} UTC",
-                fix=f"run the command again; should that process be gone, its lock expires in {max(left, 0):.0f} s",
-            )
-        else:
+        if found is not None and float(found[_EXPIRES]) >= time.time():
+            if time.monotonic() >= deadline:
+                raise _held(name, found)
             time.sleep(POLL_SECONDS)
+        elif time.monotonic() >= deadline + GIVE_UP_SECONDS:
+            raise RunError(
+                f"{name} cannot be locked: MLflow does not make {lock_name(name)}, and nobody holds it",
+                fix="see that the address is that of an MLflow server with a model registry, and run the command again",
+            )
+        elif found is None:
+            time.sleep(POLL_SECONDS)  # released since
+        else:
+            _put_aside(client, name, found[_TOKEN])
+
+
+def _held(name: str, tags: Mapping[str, str]) -> LockedError:
+    since = datetime.fromtimestamp(float(tags[_SINCE]), UTC)
+    left = float(tags[_EXPIRES]) - time.time()
+    return LockedError(
+        f"The aliases of {name} are being changed by {tags[_HOLDER]} since {since:%Y-%m-%d %H:%M:%S} UTC",
+        fix=f"run the command again; should that process be gone, its lock expires in {max(left, 0):.0f} s",
+    )
 
 
 def _put_aside(client: Any, name: str, token: str) -> None:
@@ -156,11 +169,20 @@ def _expired_name(name: str, token: str) -> str:
     return f"{lock_name(name)}.expired-{token}"
 
 
+def _release(client: Any, name: str) -> None:
+    """As well as may be: what was done under the lock is done, and an error there must come through."""
+    try:
+        _did(ABSENT, client.delete_registered_model, lock_name(name))
+        _clear(client, name)
+    except Exception as error:
+        _LOG.warning("A lock of %s is left in MLflow and expires by itself: %s", name, first_line(error))
+
+
 def _clear(client: Any, name: str) -> None:
     """Deletes what is left of locks that expired long ago."""
     prefix = _expired_name(name, "")
     for found in client.search_registered_models(f"name LIKE '{prefix}%'"):
-        if found.name.startswith(prefix) and float(found.tags[_EXPIRES]) + KEEP_SECONDS < time.time():
+        if found.name.startswith(prefix) and float(found.tags.get(_EXPIRES, "inf")) + KEEP_SECONDS < time.time():
             _did(ABSENT, client.delete_registered_model, found.name)
 
 
@@ -176,8 +198,15 @@ def _me() -> str:
 def _patience() -> Iterator[None]:
     """Requests that end well before the lease does: by default MLflow tries for many minutes."""
     wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS)}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
+    with kept_variables(*wanted):
+        os.environ.update(wanted)
+        yield
+
+
+@contextmanager
+def kept_variables(*names: str) -> Iterator[None]:
+    """Environment variables, which afterwards are again what they were."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:

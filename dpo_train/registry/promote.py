@@ -9,9 +9,7 @@ from typing import Any
 
 from dpo_train.errors import UserError
 from dpo_train.registry.lock import LEASE_SECONDS, locked
-from dpo_train.registry.versions import PASSED_TAG, RegisteredVersion, existing, lookup
-
-CHAMPION = "champion"
+from dpo_train.registry.versions import CHAMPION, PASSED_TAG, RegisteredVersion, existing, lookup
 
 HISTORY_TAG = "dpo.champions_before"
 """Of the registered model: a JSON list of the versions that were champion before the one that is, the last one last."""
@@ -58,7 +56,9 @@ def promote(client: Any, name: str, which: str, *, lease_seconds: float = LEASE_
 
 
 def rollback(client: Any, name: str, *, lease_seconds: float = LEASE_SECONDS) -> Promotion:
-    """Makes the last champion before this one champion again; versions that were deleted since are passed over.
+    """Makes the last champion before this one champion again.
+
+    Passed over are versions that were deleted since, and those that no passing report stands behind.
 
     Raises:
         UserError: there is none.
@@ -66,13 +66,13 @@ def rollback(client: Any, name: str, *, lease_seconds: float = LEASE_SECONDS) ->
     """
     with locked(client, name, lease_seconds=lease_seconds) as check:
         history, current = _history(client, name)
-        there = {version.version for version in existing(client, name)}
-        while history and history[-1] not in there:
+        passed = {version.version for version in existing(client, name) if version.tags.get(PASSED_TAG) == "true"}
+        while history and (history[-1] == current or history[-1] not in passed):
             history.pop()
         if current is None or not history:
             raise UserError(
                 f"There is no champion of {name} to go back to",
-                got=f"the champion is {'none' if current is None else f'version {current}, the first one'}",
+                got=f"the champion is {'none' if current is None else f'version {current}, with none before it'}",
                 fix="`dpo promote` makes any version that passed the champion",
             )
         # The alias first: cut short here, the history's last entry is the champion, as above.
@@ -85,8 +85,8 @@ def rollback(client: Any, name: str, *, lease_seconds: float = LEASE_SECONDS) ->
 
 def champion_before(client: Any, name: str) -> RegisteredVersion | None:
     """The last champion before the one that is, of those that are still there."""
-    history, _ = _history(client, name)
-    there = {version.version: version for version in existing(client, name)}
+    history, current = _history(client, name)
+    there = {version.version: version for version in existing(client, name) if version.version != current}
     return next((there[version] for version in reversed(history) if version in there), None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,9 @@ from dpo_train.data.folder import MODEL_FOLDER
 from dpo_train.disk import locked as file_locked
 from dpo_train.errors import GateRefusedError, NotLearnedError, UserError
 from dpo_train.registry.layout import Package, log_package
-from dpo_train.registry.lock import ABSENT, error_code, locked
+from dpo_train.registry.lock import ABSENT, error_code, kept_variables, locked
+
+CHAMPION = "champion"
 
 DIGEST_TAG = "dpo.report_digest"
 POLICY_TAG = "dpo.policy"
@@ -86,8 +87,8 @@ def existing(client: Any, name: str) -> list[RegisteredVersion]:
     return [_version(one) for one in sorted(found, key=lambda one: int(one.version))]
 
 
-def champion(client: Any, name: str, which: str, *, default: str = "champion") -> RegisteredVersion | None:
-    """The version behind an alias or number; None where ``which`` is the default alias and nothing has it.
+def champion(client: Any, name: str, which: str) -> RegisteredVersion | None:
+    """The version behind an alias or number; None where ``which`` is "champion" and there is none.
 
     Raises:
         UserError: there is no such version, and it was asked for by name.
@@ -95,7 +96,7 @@ def champion(client: Any, name: str, which: str, *, default: str = "champion") -
     try:
         return lookup(client, name, which)
     except UserError:
-        if which == default:
+        if which == CHAMPION:
             return None
         raise
 
@@ -165,16 +166,18 @@ def register_version(
                 version = find_version(client, name, digest)
                 if version is None:
                     check()
-                    version = _create(client, name, model_id, {**tags, DIGEST_TAG: digest}, package.description)
+                    version = _create(client, name, model_id, digest, tags, package.description)
     client.set_registered_model_alias(name, alias, version)
     return version
 
 
-def _create(client: Any, name: str, model_id: str, tags: Mapping[str, str], description: str) -> str:
+def _create(client: Any, name: str, model_id: str, digest: str, tags: Mapping[str, str], description: str) -> str:
     """A version with all its tags, in one request."""
     import mlflow
 
-    version = str(mlflow.register_model(f"models:/{model_id}", name, tags=dict(tags)).version)
+    made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, DIGEST_TAG: digest})
+    # A request whose answer was lost is sent again and makes a second one; all later calls find the first.
+    version = find_version(client, name, digest) or str(made.version)
     client.update_model_version(name, version, description=description)
     return version
 
@@ -214,17 +217,17 @@ def fetch(uri: str, version: RegisteredVersion, cache: Path) -> Path:
 def default_uri(uri: str) -> Iterator[None]:
     """Much of MLflow only knows its global address; afterwards that is again what the caller had set."""
     import mlflow
+    from mlflow.tracking._model_registry import utils as of_registry
+    from mlflow.tracking._tracking_service import utils as of_tracking
 
-    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    variable = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(tracking)
-        mlflow.set_registry_uri(registry)
-        # set_tracking_uri writes the variable as well, which would then rule the next run of this process.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        if variable is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = variable
+    # Not by the getters: what was not set must follow the environment again, and the registry the tracking.
+    tracking, registry = of_tracking._tracking_uri, of_registry._registry_uri
+    # The setters write the variables as well, which would then rule the next run of this process.
+    with kept_variables("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(tracking)
+            mlflow.set_registry_uri(registry)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 
 from dpo_train.config import ComputeConfig
-from dpo_train.stages.executor import TableFunction
+from dpo_train.stages.executor import TableFunction, TrialCall, TrialEnd
 from dpo_train.train.job import RankJob
 
 
@@ -29,7 +29,7 @@ class RayExecutor:
 
         run_ranks(job, self._compute)
 
-    def trials(self, trials: Sequence[Callable[[], None]]) -> list[str | None]:
+    def trials(self, trials: Sequence[TrialCall], ended: Callable[[int, TrialEnd], None]) -> None:
         from dpo_train.runtime.sweep_job import run_trials
 
-        return run_trials(trials, self._compute)
+        run_trials(trials, self._compute, ended)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 
-from dpo_train.errors import DpoError, LostPeerError, PreemptedError, WorkerError
+from dpo_train.errors import (
+    DpoError,
+    LostPeerError,
+    OutOfMemoryError,
+    PreemptedError,
+    WorkerError,
+    first_line,
+    is_out_of_memory,
+)
 
 
 class Decision(Enum):
@@ -30,8 +38,17 @@ def decide(error: BaseException) -> Decision:
 
 
 def known_error(error: Exception, where: str) -> DpoError:
-    """The error itself if it is one of ours, else a WorkerError that names it. It can be pickled."""
-    return error if isinstance(error, DpoError) else WorkerError(f"{where}: {type(error).__name__}: {error}")
+    """The error itself if it is one of ours, else one of ours that names it. It can be pickled."""
+    if isinstance(error, DpoError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory(error, where)
+    return WorkerError(f"{where}: {type(error).__name__}: {error}")
+
+
+def out_of_memory(error: BaseException, where: str) -> OutOfMemoryError:
+    """What to do about memory that was too small."""
+    return OutOfMemoryError(f"{where}: memory ran out: {first_line(error)}", fix="lower train.row_tokens")
 
 
 def cause_of(error: BaseException) -> BaseException:

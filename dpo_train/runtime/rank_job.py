@@ -10,8 +10,8 @@ from typing import Any
 
 from dpo_train.artifacts import local_copy
 from dpo_train.config import ComputeConfig
-from dpo_train.errors import DpoError, PreemptedError, WorkerError, decode, encode
-from dpo_train.runtime.failures import Decision, cause_of, decide, known_error
+from dpo_train.errors import DpoError, PreemptedError, WorkerError, decode, encode, is_out_of_memory
+from dpo_train.runtime.failures import Decision, cause_of, decide, known_error, out_of_memory
 from dpo_train.runtime.session import attach, num_gpus, own_signals
 from dpo_train.storage import use
 from dpo_train.train.job import RankJob
@@ -29,6 +29,7 @@ def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
 
     Raises:
         DpoError: what a rank raised on purpose.
+        OutOfMemoryError: a worker's memory was too small.
         WorkerError: a worker was lost too often, or raised an error of its own.
     """
     ray = attach()
@@ -74,6 +75,8 @@ def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
             if isinstance(preempted := cause_of(failure), PreemptedError):
                 raise preempted
         cause = cause_of(lost)
+        if is_out_of_memory(cause):
+            raise out_of_memory(cause, "The ranks failed on Ray") from lost
         raise WorkerError(f"The ranks failed on Ray: {type(cause).__name__}: {cause}") from lost
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def register(
 
     Raises:
         StoreError: the report is about another policy.
+        ConfigError: the policy was trained with another model or chat template than the config's.
         NotLearnedError: on held-out pairs the policy is no better than chance.
     """
     check_made_from(report, "policy", policy)
@@ -55,6 +56,7 @@ def register(
     section = {**to_dict(config.register), "tracking_uri": redacted(tracking.uri)}
     content = read_report(report.path)
     inputs = {"report": report.record.digest, "policy": policy.record.digest, "model": model_digest(config)}
+    _check_trained_with(config, policy, inputs["model"])
     try:
         registry.check_verdict(content["verdict"], report.file(REPORT_HTML))
     except GateRefusedError as refusal:
@@ -79,12 +81,35 @@ def register(
     return artifact
 
 
+def _check_trained_with(config: RunConfig, policy: Artifact, digest: str) -> None:
+    """The config's model, whose digest is given, and its chat template go into the version with the policy.
+
+    Raises:
+        ConfigError: the policy was trained with another.
+    """
+    fix = "give the config that it was trained with"
+    if policy.record.inputs["model"] != digest:
+        raise ConfigError(
+            f"{policy.home} was trained from another model than {config.model.path}",
+            got=f"the digest {digest}",
+            expected=policy.record.inputs["model"],
+            fix=fix,
+        )
+    data = _data(config, policy)
+    if data is None:
+        return
+    for name, now in {"template": config.prepare.template, "chat_template": chat_template(config)}.items():
+        if data.record.config[name] != now:
+            raise ConfigError(f"{policy.home} was trained on pairs with another prepare.{name} than this", fix=fix)
+
+
 def _ensure_version(
     config: RunConfig, policy: Artifact, report: Artifact, card: registry.Card, tracking: Tracking, run_id: str | None
 ) -> str:
     name = config.register.model_name
     run = run_id or tracking.start_run("register")
-    Reporter.from_environment("register").message(f"registering {name} in MLflow at {redacted(tracking.uri)}")
+    tell = Reporter.from_environment("register").message
+    tell(f"registering {name} in MLflow at {redacted(tracking.uri)}")
     with tracking.errors():
         version = registry.register_version(
             tracking.client,
@@ -92,7 +117,7 @@ def _ensure_version(
             name,
             report.record.digest,
             alias=config.register.alias,
-            package=_package(config, policy, card),
+            package=_package(config, policy, card, tell),
             run_id=run,
             tags=_tags(card, policy, report),
         )
@@ -101,7 +126,7 @@ def _ensure_version(
     return version
 
 
-def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> registry.Package:
+def _package(config: RunConfig, policy: Artifact, card: registry.Card, tell: Callable[[str], None]) -> registry.Package:
     from dpo_train.data.tokens import load_tokenizer
 
     folder = model_folder(config.model.path)
@@ -112,7 +137,7 @@ def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> regist
     def write(root: Path) -> None:
         from dpo_train.model.export import export_policy
 
-        export_policy(config.model, policy.path, root, tokenizer, end_ids=_ends(config, policy))
+        export_policy(config.model, policy.path, root, tokenizer, end_ids=answer_ends(config, policy, tell))
         for file in registry.licence_files(folder):
             shutil.copy(file, root / MODEL_FOLDER)
         (root / MODEL_FOLDER / "README.md").write_text(registry.card_text(card), encoding="utf-8")
@@ -128,11 +153,12 @@ def _package(config: RunConfig, policy: Artifact, card: registry.Card) -> regist
     )
 
 
-def _ends(config: RunConfig, policy: Artifact) -> tuple[int, ...]:
-    """The tokens that end answers in the policy's pairs, if they are to be found."""
+def answer_ends(config: RunConfig, policy: Artifact, tell: Callable[[str], None]) -> tuple[int, ...]:
+    """The tokens that end answers in the policy's pairs; none where these are not in the store, which is told."""
     try:
         scored = open_artifact(storage.join(config.store, "score_reference", policy.record.inputs["scored"]))
     except StoreError:
+        tell(f"the pairs of {policy.home} are not in {config.store}: answers end at the tokenizer's end token alone")
         return ()
     return turn_ends(Split(scored, "heldout").table(["chosen_ids", "truncated_chosen"]))
 

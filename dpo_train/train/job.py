@@ -18,6 +18,11 @@ POLICY_NOTE = f"{CHECKPOINT_FOLDER}/policy.json"
 """Files of the policy with their sizes, as the first rank has brought them to s3://."""
 
 
+def pause_note(step: int) -> str:
+    """Name of the file that a training leaves where it was told to pause."""
+    return f"{CHECKPOINT_FOLDER}/pause-{step:08d}.json"
+
+
 class RankJob(Protocol):
     """Work of all ranks together; picklable, paths as text."""
 
@@ -52,6 +57,8 @@ class TrainJob:
     compile: Literal["auto", "on", "off"] = "auto"
     reporter: Reporter
     storage: storage.Options = field(default_factory=storage.Options)
+    pause_at: int | None = None
+    """Stop after so many steps, saved, and leave a note of what the validation pairs say there (``pause_note``)."""
 
     def run(self, ranks: Ranks, *, is_preempted: Callable[[], bool] = lambda: False) -> None:
         """See RankJob."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
-from dpo_train.artifacts import local_copy
+from dpo_train.artifacts import local_copy, mirror
 from dpo_train.config import FitConfig, SftConfig
 from dpo_train.data.batches import num_steps, step_pairs
 from dpo_train.data.pairs import TokenPair
 from dpo_train.data.shards import PairSequence
+from dpo_train.disk import write_atomically
 from dpo_train.errors import NonFiniteLossError, PreemptedError
 from dpo_train.metrics_file import METRICS_FILE, History
 from dpo_train.model.load import Policy
 from dpo_train.train.checkpoint import Checkpoints
 from dpo_train.train.dpo import Dpo
+from dpo_train.train.job import pause_note
 from dpo_train.train.optimizer import build_optimizer, learning_rate
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.sft import Sft
@@ -73,6 +76,8 @@ class Fit:
     tell: Callable[[str], None] = lambda _: None
     is_preempted: Callable[[], bool] = lambda: False
     """Asked after every step, on every rank."""
+    pause_at: int | None = None
+    """Stop after so many steps."""
 
     @property
     def total_steps(self) -> int:
@@ -86,6 +91,14 @@ class Fit:
         if isinstance(self.train_pairs, PairSequence):
             return self.train_pairs.ids_digest
         return hashlib.sha256("\n".join(pair.pair_id for pair in self.train_pairs).encode()).hexdigest()
+
+    def is_over(self, state: TrainingState) -> bool:
+        """Whether the training has come to its end."""
+        return state.is_over(self.total_steps, self.config)
+
+    def must_stop(self, state: TrainingState) -> bool:
+        """Whether it has, or is to pause here."""
+        return self.is_over(state) or (self.pause_at is not None and state.step >= self.pause_at)
 
     def batch(self, step: int) -> list[TokenPair]:
         """The pairs of one step, over all ranks."""
@@ -101,8 +114,11 @@ class Fit:
         return [self.train_pairs[index] for index in indices]
 
 
-def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
-    """Trains to the end, from the latest checkpoint of the same origin if there is one.
+def fit(policy: Policy, job: Fit, ranks: Ranks) -> bool:
+    """Trains to the end, from the latest checkpoint of the same origin if there is one; or until it is to pause.
+
+    A training that was paused and goes on is bit for bit an unbroken one: its schedule is that of its whole length, and
+    what is measured at a pause leaves no trace in it.
 
     The first rank appends one line per step to ``metrics.jsonl``; after a resume the lines of steps that are done again
     are dropped first, so that each step stands there once.
@@ -111,6 +127,9 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
         NonFiniteLossError: a loss or gradient is NaN or infinite.
         RunError: what the method finds at a step, such as a policy that does not start as its reference.
         PreemptedError: this machine is about to go; everything is saved.
+
+    Returns:
+        whether it has come to its end.
     """
     config, total, method = job.config, job.total_steps, method_of(job.config)
     optimizer = build_optimizer(policy.trainable().values(), config)
@@ -118,7 +137,7 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
     state = checkpoints.resume()
     history = History(local_copy(job.home) / METRICS_FILE, state.step) if ranks.is_first else None
     speed = Speed(policy, config, ranks)
-    while not state.is_over(total, config):
+    while not job.must_stop(state):
         step = state.step
         batch = job.batch(step)
         rate = learning_rate(config, step, total)
@@ -131,8 +150,33 @@ def fit(policy: Policy, job: Fit, ranks: Ranks) -> None:
             job.report(step + 1, total, "steps", **metrics)
         _save(checkpoints, state, job, ranks, history)
     checkpoints.finish()
+    if not job.is_over(state):
+        _note_pause(state, policy, job, ranks, method)
+        return False
     if config.keep == "best" and state.best_step is not None:
         checkpoints.load_parameters(state.best_step)
+    return True
+
+
+def _note_pause(state: TrainingState, policy: Policy, job: Fit, ranks: Ranks, method: Method) -> None:
+    """Leaves what the validation pairs say of a training that pauses, whole or not at all."""
+    assert job.pause_at is not None
+    metrics = _measured(policy, job, ranks, method, state.step) if job.validation_pairs else {}
+    if ranks.is_first:
+        note, shared = pause_note(job.pause_at), mirror(job.home)
+        write_atomically(shared.path / note, json.dumps({"step": state.step, "metrics": metrics}))
+        shared.publish(note)
+
+
+def _measured(policy: Policy, job: Fit, ranks: Ranks, method: Method, step: int) -> dict[str, float]:
+    """The validation pairs' metrics under ``validation/``."""
+    found = {VALIDATION + name: value for name, value in method.evaluate(policy, job.validation_pairs, ranks).items()}
+    if not math.isfinite(found[VALIDATION + "loss"]):
+        raise NonFiniteLossError(
+            f"The loss on the validation pairs is not finite after {step} steps",
+            fix=f"lower {job.config.section}.learning_rate, or look at these pairs",
+        )
+    return found
 
 
 def _after_step(
@@ -141,13 +185,7 @@ def _after_step(
     """Measures the validation pairs if it is time to, and tells a person what should be told."""
     config = job.config
     if job.validation_pairs and (state.step == job.total_steps or state.step % config.evaluate_steps == 0):
-        measured = method.evaluate(policy, job.validation_pairs, ranks)
-        metrics |= {VALIDATION + name: value for name, value in measured.items()}
-        if not math.isfinite(metrics[VALIDATION + "loss"]):
-            raise NonFiniteLossError(
-                f"The loss on the validation pairs is not finite after {state.step} steps",
-                fix=f"lower {config.section}.learning_rate, or look at these pairs",
-            )
+        metrics |= _measured(policy, job, ranks, method, state.step)
         state = state.evaluated(state.step, metrics, config)
     if not state.warned and (warning := method.warning(metrics)) is not None:
         if ranks.is_first:
@@ -163,12 +201,12 @@ def _save(checkpoints: Checkpoints, state: TrainingState, job: Fit, ranks: Ranks
     preempted = ranks.any(job.is_preempted())
     is_best = config.keep == "best" and state.best_step == state.step
     # The last step is saved as well: were saving the policy to fail, nothing is trained again.
-    must = state.is_over(job.total_steps, config) or is_best or preempted
+    must = job.must_stop(state) or is_best or preempted
     if must or state.step % config.checkpoint_steps == 0:
         if history is not None:
             history.sync()
         checkpoints.save(state, wait=must)
-    if preempted and not state.is_over(job.total_steps, config):
+    if preempted and not job.is_over(state):
         raise PreemptedError(
             f"This machine is about to be taken away; the training is saved after {state.step} steps",
             fix="run the same command again",

@@ -46,7 +46,7 @@ def run_rank(job: TrainJob, ranks: Ranks, *, is_preempted: Callable[[], bool] = 
         compile=job.compile == "on" or (job.compile == "auto" and policy.device.type == "cuda"),
         row_tokens=job.config.row_tokens,
     )
-    fit(
+    is_over = fit(
         policy,
         Fit(
             config=job.config,
@@ -58,12 +58,14 @@ def run_rank(job: TrainJob, ranks: Ranks, *, is_preempted: Callable[[], bool] = 
             report=job.reporter.progress,
             tell=job.reporter.message,
             is_preempted=is_preempted,
+            pause_at=job.pause_at,
         ),
         ranks,
     )
-    _save(job, policy, output, ranks)
-    if ranks.is_first and storage.is_remote(job.output):
-        _publish_policy(job.output)
+    if is_over:
+        _save(job, policy, output, ranks)
+        if ranks.is_first and storage.is_remote(job.output):
+            _publish_policy(job.output)
     ranks.barrier()
 
 

@@ -171,8 +171,8 @@ def test_other_swept_betas_rerun_the_sweep_and_what_follows_from_its_choice(firs
     made = {stage for stage, end in other.ends().items() if not end["reused"]}
     same = other.record("sweep")["details"]["beta"] == first.record("sweep")["details"]["beta"]
     assert made == ({"sweep"} if same else {"sweep", "train", "evaluate", "register"})
-    trials = sorted(path.name for path in (Path(other.ends()["sweep"]["path"]) / "trials").glob("beta-*"))
-    assert trials == ["beta-0.1", "beta-0.7"]
+    trials = sorted(path.name for path in (Path(other.ends()["sweep"]["path"]) / "trials").glob("beta=*"))
+    assert trials == ["beta=0.1", "beta=0.7"]
 
 
 @pytest.mark.slow

@@ -23,13 +23,14 @@ from dpo_train.findings import (
     Verdict,
 )
 from dpo_train.model.load import load_policy, save_policy
+from dpo_train.stages.common import model_digest
 
 BETA = 0.1
 
 
-def made_policy(config: RunConfig, *, lora: bool = True) -> Artifact:
+def made_policy(config: RunConfig, *, lora: bool = True, scored: str = "0123456789abcdef") -> Artifact:
     """Adapters (or all weights) that have moved from where they start, so that the policy is not its reference."""
-    inputs = {"scored": "0123456789abcdef", "model": "tiny"}
+    inputs = {"scored": scored, "model": model_digest(config)}
 
     def body(out: Output) -> Summary:
         section = config.train.lora if lora else None

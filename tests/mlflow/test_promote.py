@@ -10,9 +10,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from dpo_train.errors import UserError
-from dpo_train.registry import CHAMPION, LockedError, Promotion, lock, promote, rollback
+from dpo_train.registry import CHAMPION, LockedError, Promotion, champion_before, lock, promote, rollback
 from dpo_train.registry.promote import HISTORY_TAG
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -46,7 +48,7 @@ def test_champion_goes_forward_and_back(client: Any) -> None:
 
     assert [m.version for m in back] == ["3", "2", "1"]
     assert champion_of(client, name) == "1"
-    with pytest.raises(UserError, match=r"no champion of forward to go back to.*version 1, the first one"):
+    with pytest.raises(UserError, match=r"no champion of forward to go back to.*version 1, with none before it"):
         rollback(client, name)
     assert client.search_registered_models("name LIKE 'forward.%'") == []
 
@@ -85,6 +87,29 @@ def test_rollback_passes_over_what_was_deleted(client: Any) -> None:
     for which in ("1", "2", "3"):
         promote(client, name, which)
     client.delete_model_version(name, "2")
+    assert rollback(client, name).version == "1"
+
+
+def test_rollback_passes_over_the_champion_itself(client: Any) -> None:
+    """1, 2, 3, and 2 again with 3 deleted: what stands before it is 1, also for a comparison."""
+    name = model(client, "itself", 3)
+    for which in ("1", "2", "3", "2"):
+        promote(client, name, which)
+    client.delete_model_version(name, "3")
+    before = champion_before(client, name)
+    assert before is not None
+    assert before.version == "1"
+    assert rollback(client, name) == Promotion(name=name, version="1", previous="2")
+
+
+def test_rollback_passes_over_what_never_passed(client: Any) -> None:
+    """Champion by hand, version 2 has no passing report behind it."""
+    name = model(client, "by-hand", 3)
+    client.delete_model_version_tag(name, "2", "dpo.passed")
+    promote(client, name, "1")
+    client.set_registered_model_alias(name, CHAMPION, "2")
+    client.set_registered_model_tag(name, HISTORY_TAG, '["1"]')
+    assert promote(client, name, "3").previous == "2"
     assert rollback(client, name).version == "1"
 
 
@@ -128,6 +153,41 @@ def test_lock_that_expired_long_ago_is_cleared_away(client: Any) -> None:
     client.create_registered_model(lock.lock_name(name), _tags("old", expires=time.time() - 3601))
     promote(client, name, "1")
     assert client.search_registered_models("name LIKE 'cleared.lock%'") == []
+
+
+def test_promotion_stands_where_old_locks_cannot_be_cleared_away(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another user's lock the server says 403: a warning, and an error under the lock is still the one raised."""
+    name = model(client, "not-ours", 1)
+    client.create_registered_model(lock.lock_name(name), _tags("old", expires=time.time() - 3601))
+    delete = client.delete_registered_model
+
+    def refuse(wanted: str) -> None:
+        if "expired" in wanted:
+            raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+        delete(wanted)
+
+    monkeypatch.setattr(client, "delete_registered_model", refuse)
+    assert promote(client, name, "1").version == "1"
+    assert "A lock of not-ours is left in MLflow and expires by itself: Permission denied" in caplog.text
+    with pytest.raises(ZeroDivisionError), lock.locked(client, name):
+        1 / 0  # noqa: B018
+    assert [found.name for found in client.search_registered_models("name LIKE 'not-ours.lock%'")] == [
+        "not-ours.lock.expired-old"
+    ]
+
+
+def test_nothing_is_written_in_the_last_minute_of_a_lease(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 90 s the first 30 are for writing: a request with its repetition takes 30, and clocks differ by 20."""
+    now = time.time()
+    monkeypatch.setattr(lock.time, "time", lambda: now)
+    with lock.locked(client, model(client, "margin", 1)) as check:
+        now += 29
+        check()
+        now += 2
+        with pytest.raises(LockedError, match="took longer than the 90 s"):
+            check()
 
 
 def test_holder_whose_lease_ran_out_writes_no_more(client: Any) -> None:

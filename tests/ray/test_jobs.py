@@ -47,18 +47,6 @@ def test_map_tables_raises_what_a_worker_raised(error: Exception, expected: type
         list(EXECUTOR.map_tables(functools.partial(_failing, error), [pa.table({"x": [1]})], uses_model=False))
 
 
-def test_failed_trial_is_a_finding_and_the_others_finish(tmp_path: Path) -> None:
-    """One trial raises: its reason comes back in its place; the rest ran."""
-    trials = [functools.partial(_trial, tmp_path / str(index), fail=index == 1) for index in range(3)]
-
-    failures = EXECUTOR.trials(trials)
-
-    assert failures[0] is None
-    assert failures[2] is None
-    assert "NonFiniteLossError: too hot" in str(failures[1])
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2"}
-
-
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Artifact]:
     config = tiny_config(tmp_path_factory.mktemp("scored"))
@@ -206,9 +194,3 @@ def _failing(error: Exception) -> Callable[[pa.Table], pa.Table]:
         raise error
 
     return fail
-
-
-def _trial(path: Path, *, fail: bool) -> None:
-    path.touch()
-    if fail:
-        raise NonFiniteLossError("too hot")

@@ -20,6 +20,7 @@ from dpo_train.errors import StorageUnavailableError, StoreError
 from dpo_train.progress import ENVIRONMENT_KEY, Follower
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.executor import InProcess, TableFunction
+from dpo_train.stages.sweep import chosen_config
 from dpo_train.storage import client
 from tests.s3.flow import Counting, Steps, contents, copy_up, machine, numbers, outputs
 from tests.s3.proxy import Proxy
@@ -62,7 +63,7 @@ def run_one(stage: str, config: RunConfig, made: Made, executor: InProcess = LOC
     if stage == "score_reference":
         return score_reference(config, made["prepare"], executor)
     if stage == "train":
-        return train(config, made["score_reference"], executor, beta=made["train"].record.details["beta"], **more)
+        return train(chosen_config(config, made["sweep"]), made["score_reference"], executor, **more)
     return evaluate(config, made["score_reference"], made["train"], executor)
 
 

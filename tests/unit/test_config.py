@@ -268,10 +268,10 @@ def test_text_form_keeps_the_paths_that_kubeflow_would_damage() -> None:
         ([*TENSOR, "train.lora={}"], "with train.lora adapters are trained"),
         ([*TENSOR, "sft.enabled=true", "sft.lora={}"], "with sft.lora adapters are trained"),
         ([*TENSOR, "compute.executor=local"], "compute.executor=local is one"),
-        ([*TENSOR, "sweep.betas=[0.1, 0.2]"], "each trial of a sweep is one"),
         (["register.model_name=org/model"], "'register.model_name'"),
         (["register.alias=latest"], "no alias that MLflow takes"),
         (["register.alias=v12"], "no alias that MLflow takes"),
+        (['register.alias="12"'], "no alias that MLflow takes"),
         (["seed=-1"], "greater than or equal to 0"),
     ],
 )

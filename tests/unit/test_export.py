@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -121,10 +122,13 @@ def test_weight_beyond_float16_is_refused(model_folder: Path, tmp_path: Path) ->
 
 
 def test_no_json_names_a_place_on_this_machine(project: Project, model_folder: Path, tmp_path: Path) -> None:
-    """Neither of what we wrote, nor what an older base says of itself; a name of the hub is kept."""
+    """Neither of what we wrote, nor what an older base says of itself or of a part; a name of the hub is kept."""
     shutil.copytree(model_folder, tmp_path / "old")
     config = json.loads((model_folder / "config.json").read_text())
-    (tmp_path / "old" / "config.json").write_text(json.dumps(config | {"_name_or_path": str(model_folder)}))
+    config["text_config"] = {"hidden_size": 32}
+    place = {"_name_or_path": str(model_folder)}
+    old = {**config, **place, "text_config": {**config["text_config"], **place}}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(old))
     settings = json.loads((model_folder / "tokenizer_config.json").read_text())
     (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "org/base"}))
 
@@ -169,6 +173,28 @@ def test_used_target_is_refused_and_an_empty_one_taken(model_folder: Path, tmp_p
 
     assert (tmp_path / "used" / "note").read_text() == (tmp_path / "file").read_text() == "mine"
     assert set(LAYOUT) <= {file.name for file in (tmp_path / "empty").iterdir()}
+
+
+def test_mount_point_is_refused_before_anything_is_written(model_folder: Path) -> None:
+    """A folder cannot be renamed to one."""
+    said: list[str] = []
+    with pytest.raises(StoreError, match=r"/proc is a mount point.*name a folder in it"):
+        export(plain(model_folder), "/proc", tell=said.append)
+    assert not said
+
+
+def test_mount_that_shows_only_when_it_is_written_to_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the same disk mounted there looks like any folder; the system says EBUSY. Nothing is left."""
+
+    def busy(folder: Path, target: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(folder), None, str(target))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(StoreError, match="out is a mount point"):
+        export(plain(model_folder), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_target_that_is_used_meanwhile_is_left_alone(model_folder: Path, tmp_path: Path) -> None:
@@ -240,7 +266,7 @@ def test_missing_converter_is_said_before_anything_is_written(
 
 def test_push_is_one_commit_to_a_private_repository(model_folder: Path, tmp_path: Path, hub_server: HubServer) -> None:
     """The hub gets exactly the folder's files; weights of an earlier push are deleted in the same commit."""
-    hub_server.files = ["model-00001-of-00002.safetensors", "README.md"]
+    hub_server.files = {"model-00001-of-00002.safetensors": b"weights", "README.md": b"words"}
 
     sizes = export(plain(model_folder), str(tmp_path / "out"), hub=Hub(repository="org/name"))
 

@@ -15,7 +15,7 @@ SOURCES = sorted(path for top in ("dpo_train", "components", "pipelines") for pa
 
 ALLOWED = {
     "ray": ("dpo_train/runtime/",),
-    "mlflow": ("dpo_train/tracking.py", "dpo_train/registry/"),
+    "mlflow": ("dpo_train/tracking/", "dpo_train/registry/"),
     "transformers": ("dpo_train/data/tokens.py", "dpo_train/model/"),
     "peft": ("dpo_train/model/",),
     "kfp": ("components/", "pipelines/"),

@@ -10,16 +10,10 @@ import pytest
 
 from dpo_train.artifacts import Artifact, Record
 from dpo_train.config import RunConfig
-from dpo_train.describe import raw_data
-from dpo_train.errors import GateRefusedError, NotLearnedError, StoreError
 from dpo_train.progress import Reporter
-from dpo_train.registry import check_verdict
-from dpo_train.stages import register
-from dpo_train.stages.executor import InProcess
-from dpo_train.stages.prepare import prepare
-from dpo_train.stages.score_reference import score_reference
-from dpo_train.stages.train import train
-from dpo_train.tracking import Tracking, TrackingError, flatten, redacted, tracking_uri
+from dpo_train.registry.versions import default_uri
+from dpo_train.tracking import RunLog, Tracking, TrackingError, flatten, following, redacted, tracking_uri
+from dpo_train.tracking.stage import data_of
 from tests.tiny import tiny_config
 
 pytest.importorskip("mlflow")
@@ -28,20 +22,6 @@ pytest.importorskip("mlflow")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return tiny_config(tmp_path_factory.mktemp("tracking"), train__max_steps=2, register__model_name="tiny")
-
-
-@pytest.fixture(scope="module")
-def policy(config: RunConfig) -> Artifact:
-    local = InProcess()
-    return train(config, score_reference(config, prepare(config, local), local), local)
-
-
-def report(folder: Path, digest: str, policy_digest: str, *, learned: bool = True, passed: bool = True) -> Artifact:
-    """A finished evaluation's artifact."""
-    details = {"learned": learned, "passed": passed, "beta": 0.1}
-    inputs = {"policy": policy_digest}
-    record = Record(stage="evaluate", digest=digest, config={}, inputs=inputs, code_version="x", details=details)
-    return Artifact(home=str(folder), record=record)
 
 
 def test_default_store_needs_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,20 +47,21 @@ def test_flatten_gives_dotted_text() -> None:
 def test_steps_appear_while_the_stage_runs_and_once_each(config: RunConfig, tmp_path: Path) -> None:
     """What was followed live is not logged again at the end."""
     tracking = Tracking(config)
-    run_id = tracking.start_run("train")
+    run = RunLog.start(tracking, tmp_path, "train", parent=None, tags={})
     events = tmp_path / "events.jsonl"
     reporter = Reporter(str(events), "train")
     reporter.progress(9, 10, "steps", loss=99.0)  # an earlier stage's
-    with tracking.following(run_id, events, "train") as logged:
+    with following(run, events, "train") as logged:
         reporter.progress(1, 3, "steps", loss=0.7)
         Reporter(reporter.path, "sweep").progress(2, 3, "steps", loss=5.0)
         reporter.progress(2, 3, "steps", loss=0.6)
     assert logged == {0, 1}
 
     history = [{"step": step, "loss": loss} for step, loss in enumerate((0.7, 0.6, 0.5))]
-    tracking.log_history(run_id, [line for line in history if line["step"] not in logged], logged)
+    run.steps([line for line in history if line["step"] not in logged])
+    assert run.close() is None
 
-    points = tracking.client.get_metric_history(run_id, "loss")
+    points = tracking.client.get_metric_history(run.run_id, "loss")
     assert sorted((point.step, point.value) for point in points) == [(1, 0.7), (2, 0.6), (3, 0.5)]
 
 
@@ -93,7 +74,7 @@ def test_raw_data_are_inputs_of_the_run(tmp_path: Path) -> None:
     record = Record(stage="prepare", digest="x", config={}, inputs=inputs, code_version="x", counts=counts)
     tracking = Tracking(config)
     run_id = tracking.start_run("prepare")
-    tracking.log_data(run_id, raw_data(config, Artifact(home=str(tmp_path), record=record)), counts)
+    tracking.log_data(run_id, data_of(config, Artifact(home=str(tmp_path), record=record)))
 
     found = [entry.dataset for entry in tracking.client.get_run(run_id).inputs.dataset_inputs]
     assert sorted((d.name, d.source_type, json.loads(d.source)["uri"], d.digest) for d in found) == [
@@ -122,52 +103,53 @@ def test_uri_that_makes_no_sense_is_the_users_mistake(tmp_path: Path) -> None:
         Tracking(tiny_config(tmp_path, tracking__uri="sqlite:////proc/nowhere/x.db")).start_run("x")
 
 
-@pytest.mark.parametrize(
-    ("learned", "passed", "error"), [(False, False, NotLearnedError), (True, False, GateRefusedError)]
-)
-def test_only_a_passing_report_registers(learned: bool, passed: bool, error: type[Exception], tmp_path: Path) -> None:
-    """Not learned is a failed run, refused is exit 3; each names the report."""
-    with pytest.raises(error, match=r"report\.html"):
-        check_verdict({"learned": learned, "passed": passed}, tmp_path / "report.html")
-
-
-def test_same_result_is_registered_once_and_again_if_the_registry_lost_it(
-    config: RunConfig, policy: Artifact, tmp_path: Path
-) -> None:
-    """One report, one version; another report, another; a record is believed only while the version exists."""
-    tracking = Tracking(config)
-    made = policy.record.digest
-
-    first = register(config, policy, report(tmp_path, "d1", made), tracking)
-    again = register(config, policy, report(tmp_path, "d1", made), tracking, output=tmp_path / "elsewhere")
-    other = register(config, policy, report(tmp_path, "d2", made), tracking)
-
-    assert [a.record.details["version"] for a in (first, again, other)] == ["1", "1", "2"]
-    assert tracking.client.get_model_version_by_alias("tiny", "challenger").version == 2
-    assert register(config, policy, report(tmp_path, "d1", made), tracking).reused
-    tracking.client.delete_model_version("tiny", "1")
-    made_again = register(config, policy, report(tmp_path, "d1", made), tracking)
-    assert made_again.record.details["version"] == "3"
-    assert json.loads((made_again.path / "version.json").read_text())["version"] == "3"
-
-
-def test_report_about_another_policy_registers_nothing(config: RunConfig, policy: Artifact, tmp_path: Path) -> None:
-    """A good report cannot be lent to another policy."""
-    with pytest.raises(StoreError, match="was not made from"):
-        register(config, policy, report(tmp_path, "d9", "another"), Tracking(config))
-
-
 def test_password_in_the_uri_is_shown_and_recorded_nowhere() -> None:
     """Neither in messages nor in records."""
     assert redacted("postgresql://user:secret@host/db") == "postgresql://***@host/db"
     assert redacted("sqlite:////a/b.db") == "sqlite:////a/b.db"
 
 
-def test_callers_mlflow_address_survives_a_registration(
-    config: RunConfig, policy: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callers_mlflow_address_survives_a_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     """log_model knows only MLflow's global address; the next run of this process must not inherit ours."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    register(config, policy, report(tmp_path, "d3", policy.record.digest), Tracking(config))
+    with default_uri("http://127.0.0.1:1"):
+        assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:1"
 
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_long_setting_is_a_file_of_the_run(config: RunConfig, tmp_path: Path) -> None:
+    """MLflow refuses parameters of more than 6000 characters; nothing of them is cut off."""
+    tracking = Tracking(config)
+    run_id = tracking.start_run("x")
+    tracking.log_parameters(run_id, {"short": "a" * 6000, "long": "b" * 6001})
+
+    parameters = tracking.client.get_run(run_id).data.params
+    assert parameters == {"short": "a" * 6000, "long": "see the artifact parameters/long.txt"}
+    file = tracking.client.download_artifacts(run_id, "parameters/long.txt", str(tmp_path))
+    assert Path(file).read_text() == "b" * 6001
+
+
+def test_run_of_a_kubeflow_plugin_is_the_pipelines_and_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server and experiment are used whatever the config says; it gets the config, and is the plugin's to end."""
+    plugin = tiny_config(tmp_path, tracking__uri=f"sqlite:///{tmp_path}/plugin.db", tracking__experiment="kubeflow")
+    theirs = Tracking(plugin)
+    run_id = theirs.start_run("from the plugin")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", theirs.uri)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", theirs.experiment_id())
+    ours = Tracking(tiny_config(tmp_path, tracking__uri=f"sqlite:///{tmp_path}/ours.db"))
+
+    assert ours.start_pipeline("ignored", kubeflow_run="k-1") == run_id
+    child = ours.start_run("train", parent=run_id)
+    ours.end(run_id, "FINISHED")
+    ours.end(child, "FINISHED")
+
+    run = theirs.client.get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["dpo.kubeflow_run"] == "k-1"
+    assert run.data.params["train.beta"] == "0.1"
+    assert theirs.client.get_run(child).info.experiment_id == theirs.experiment_id()
+    assert theirs.client.get_run(child).info.status == "FINISHED"

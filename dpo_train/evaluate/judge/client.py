@@ -151,7 +151,8 @@ class Client:
         return self._without_key(text).encode("utf-8", "replace").decode()
 
     def _refusal(self, status: int, words: str, headers: Mapping[str, str]) -> RunError:
-        fix = _REFUSALS.get(status, "see what the server says, and check evaluate.judge")
+        variable = self._config.api_key_variable or "evaluate.judge.api_key_variable"
+        fix = _REFUSALS.get(status, "see what the server says, and check evaluate.judge").format(variable=variable)
         if 300 <= status < 400:
             fix = f"set evaluate.judge.url to where it points: {self._clean(headers.get('location', 'nowhere'))}"
         # Servers show a part of the key that they refuse.
@@ -159,7 +160,7 @@ class Client:
         return RunError(
             f"The judge's server at {self._config.url} refuses to answer",
             got=f"status {status}{said}",
-            fix=fix.format(variable=self._config.api_key_variable or "evaluate.judge.api_key_variable"),
+            fix=fix,
         )
 
     def _clean(self, text: str) -> str:

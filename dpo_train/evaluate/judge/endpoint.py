@@ -28,6 +28,8 @@ _WHEN_OURS_IS_FIRST = {"first": WIN, "tie": TIE, "second": LOSS}
 _SHOWN_CHARS = 100
 _KEPT_CHARS = 2000
 """Of a reply without a decision, when it is shown to the judge again."""
+_NOTHING = "(nothing)"
+"""In the place of an empty reply: many servers refuse messages without content."""
 
 
 class Endpoint:
@@ -146,8 +148,9 @@ class _Run:
         messages = [{"role": "user", "content": question}]
         reply = await self._ask(client, messages)
         if (decision := prompts.parse(reply)) is None:
+            said = reply[-_KEPT_CHARS:]
             messages += [
-                {"role": "assistant", "content": reply[-_KEPT_CHARS:]},
+                {"role": "assistant", "content": said if said.strip() else _NOTHING},
                 {"role": "user", "content": prompts.ASK_AGAIN},
             ]
             reply = await self._ask(client, messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,11 @@ def _call(function: Callable[..., Any], name: str, row: Mapping[str, Any]) -> fl
         if isinstance(reward, str | bytes | bool):
             raise TypeError
         return float(reward)
+    except OverflowError:
+        raise RunError(
+            f"The judge's function {name} returned a number at {shown} that is too large for a float",
+            expected=f"at most {sys.float_info.max:.3g}, or float('inf')",
+        ) from None
     except (TypeError, ValueError, RuntimeError):
         raise RunError(
             f"The judge's function {name} returned no number at {shown}",

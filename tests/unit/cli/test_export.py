@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from dpo_train.cli import main
+from dpo_train.stages import prepare, score_reference
+from dpo_train.stages.executor import InProcess
 from dpo_train.tracking import Tracking
-from tests.command import dpo
+from tests.command import dpo, write_config
+from tests.mlflow.made import made_policy
 from tests.projects import Project, project
+from tests.tiny import CHAT_TEMPLATE, tiny_config
 
 __all__ = ["project"]
 
@@ -57,6 +61,27 @@ def test_training_is_exported_from_its_folder(project: Project, tmp_path: Path) 
 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert not (tmp_path / "none.db").exists()
+
+
+def test_training_ends_where_its_answers_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat template of one's own ends turns with another token; with another store that is not known, and told."""
+    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|pad|>"))
+    config = tiny_config(tmp_path, prepare__chat_template=str(tmp_path / "own.jinja"))
+    local = InProcess()
+    policy = made_policy(config, scored=score_reference(config, prepare(config, local), local).record.digest)
+    file = write_config(config, tmp_path / "config.json")
+
+    assert main(["export", str(file), str(tmp_path / "out"), "--from", policy.home]) == 0
+    assert "are not in" not in capsys.readouterr().out
+    command = ["export", str(file), str(tmp_path / "elsewhere"), "--from", policy.home, f"store={tmp_path}/none"]
+    assert main(command) == 0
+    assert "answers end at the tokenizer's end token alone\n" in capsys.readouterr().out
+
+    ends = [
+        json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"]
+        for name in ("out", "elsewhere")
+    ]
+    assert ends == [[2, 0], 2]
 
 
 @pytest.mark.parametrize(

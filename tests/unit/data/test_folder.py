@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from dpo_train.data.folder import model_folder as find
 from dpo_train.data.folder import tokenizer_digest, weights_digest
 from dpo_train.errors import ModelError
+from tests.hub import HubServer, hub_server
 from tests.tiny import tiny_model
+
+__all__ = ["hub_server"]
 
 
 @pytest.fixture
@@ -39,6 +43,21 @@ def test_hub_name_that_cannot_be_reached_is_an_error() -> None:
     """Offline, the message names the model and says what to do."""
     with pytest.raises(ModelError, match=r"'nobody/nothing' is neither a folder here nor to be had from the hub"):
         find("nobody/nothing")
+
+
+def test_licence_comes_from_the_hub_with_the_model(
+    model_folder: Path, tmp_path: Path, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model card, however its name is written; they change no digest, and weights of another kind stay."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    prose = ["Readme.md", "LICENSE", "Notice.txt", "copying", "LICENCE.pdf", "USE_POLICY.md"]
+    model = {file.name: file.read_bytes() for file in model_folder.iterdir()}
+    hub_server.files = {**model, **dict.fromkeys([*prose, "pytorch_model.bin"], b"words")}
+
+    found = find("org/name")
+
+    assert {file.name for file in found.iterdir()} == {*model, *prose}
+    assert weights_digest(found) == weights_digest(model_folder)
 
 
 def test_same_content_has_the_same_digests_anywhere(model_folder: Path, copy: Path, tmp_path: Path) -> None:
@@ -93,7 +112,7 @@ def test_named_template_in_a_sub_folder_changes_both_digests(copy: Path) -> None
     assert len({weights for weights, _ in digests}) == len({tokenizer for _, tokenizer in digests}) == 3
 
 
-@pytest.mark.parametrize("name", ["README.md", "LICENSE", "LICENSE.txt", "docs/notes.md"])
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "License.txt", "NOTICE", "COPYING.txt", "docs/notes.md"])
 def test_what_is_for_people_to_read_does_not_count(copy: Path, name: str) -> None:
     """Nothing is prepared or scored again for a word in a model card."""
     before = weights_digest(copy), tokenizer_digest(copy)

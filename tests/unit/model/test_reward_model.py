@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from dpo_train.errors import ModelError, RunError
 from dpo_train.model.reward_model import RewardModel
-from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, tiny_model
+from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, tiny_model, tiny_tokenizer
 from tests.unit.model.reward_models import tiny_reward_model
 
 CPU = torch.device("cpu")
@@ -59,6 +60,31 @@ def test_length_is_what_the_model_reads(tmp_path: Path) -> None:
     model = RewardModel(tiny_reward_model(tmp_path), device=CPU, max_tokens=10_000)
     assert model._max_tokens == 256
     assert len(model._encode([{"role": "user", "content": "song " * 1000}], "x")["input_ids"]) == 256
+
+
+def test_positions_that_begin_behind_the_padding_are_fewer(tmp_path: Path) -> None:
+    """RoBERTa's 40 positions begin at the padding's index + 1, here 1: 39 tokens, of which the last has the last."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = tiny_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=40, pad_token_id=tokenizer.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = RewardModel(tmp_path, device=CPU, max_tokens=10_000)
+
+    assert len(model._encode(PROMPT * 20, "x")["input_ids"]) == 39
+    assert all(map(math.isfinite, model([(PROMPT * 20, "x"), (PROMPT, "x")])))
+
+
+def test_conversation_without_a_token_has_no_reward(tmp_path: Path) -> None:
+    """An empty answer to nothing, without a template: NaN, and the others get what they get alone."""
+    model = RewardModel(tiny_reward_model(tmp_path, chat_template=None), device=CPU, max_tokens=64)
+    nothing, other = model([([], ""), (PROMPT, "x")])
+    assert math.isnan(nothing)
+    assert [other] == pytest.approx(model([(PROMPT, "x")]), abs=1e-6)
 
 
 def test_model_without_one_output_is_refused(tmp_path: Path) -> None:

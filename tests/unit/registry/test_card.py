@@ -67,6 +67,12 @@ def test_names_from_data_are_text() -> None:
     assert r"| a\|b \# \<script\> | `d` |" in text.splitlines()
 
 
+def test_bar_in_an_option_opens_no_column() -> None:
+    """Also inside of code it would end its cell."""
+    text = card_text(card(training={"project": "a|b"}))
+    assert r'| project | `"a\|b"` |' in text.splitlines()
+
+
 @pytest.mark.parametrize(
     ("files", "found"),
     [
@@ -75,6 +81,7 @@ def test_names_from_data_are_text() -> None:
         ({"README.md": "---\nlicense: [broken\n---\n", "config.json": '{"license": "mit"}'}, "mit"),
         ({"README.md": "no front matter", "LICENSE": "\n   Apache License\n  Version 2.0"}, "apache-2.0"),
         ({"LICENSE.txt": "Gemma Terms of Use\n..."}, "Gemma Terms of Use"),
+        ({"License.md": "MIT License\n..."}, "mit"),
         ({"NOTICE": "by somebody"}, "unknown"),
     ],
 )

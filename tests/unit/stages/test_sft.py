@@ -264,16 +264,17 @@ def test_output_of_another_setting_is_refused(config: RunConfig, pairs: Artifact
 def test_steps_are_logged_as_they_come(config: RunConfig, tmp_path: Path) -> None:
     """MLflow follows SFT's steps as it follows DPO's."""
     pytest.importorskip("mlflow")
-    from dpo_train.tracking import Tracking
+    from dpo_train.tracking import RunLog, Tracking, following
 
     tracking = Tracking(config)
-    run_id = tracking.start_run("sft")
+    run = RunLog.start(tracking, tmp_path, "sft", parent=None, tags={})
     events = tmp_path / "events.jsonl"
-    with tracking.following(run_id, events, "sft") as logged:
+    with following(run, events, "sft") as logged:
         Reporter(str(events), "sft").progress(1, 2, "steps", loss=3.5)
         Reporter(str(events), "train").progress(2, 2, "steps", loss=0.7)
     assert logged == {0}
-    assert [point.value for point in tracking.client.get_metric_history(run_id, "loss")] == [3.5]
+    assert run.close() is None
+    assert [point.value for point in tracking.client.get_metric_history(run.run_id, "loss")] == [3.5]
 
 
 def test_diverging_sft_names_its_step(config: RunConfig, pairs: Artifact, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dpo_train.data.pairs import PAIR_SCHEMA, SCORED_SCHEMA, SPLITS
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError, DataError, ModelError, NonFiniteLossError, StoreError
 from dpo_train.progress import Reporter
-from dpo_train.stages import evaluate, prepare, score_reference, sweep, train
+from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.executor import InProcess
 from dpo_train.train.job import RankJob
 from tests.tiny import tiny_config, tiny_model
@@ -152,34 +152,6 @@ def test_moved_data_and_model_are_still_the_same(config: RunConfig, pairs: Artif
     assert prepare(with_(config, "prepare", path=str(moved)), LOCAL).record.digest == pairs.record.digest
 
 
-def test_sweep_records_every_trial_and_keeps_no_weights(config: RunConfig, scored: Artifact) -> None:
-    """Two betas, one of which is chosen; why the other was not is in the record."""
-    made = sweep(with_(config, "sweep", betas=(0.1, 0.5), max_steps=3), scored, LOCAL)
-
-    trials = json.loads((made.path / "trials.json").read_text())
-    assert [trial["beta"] for trial in trials["trials"]] == [0.1, 0.5]
-    assert trials["beta"] == made.record.details["beta"]
-    assert trials["why_not"].keys() == {"0.1", "0.5"} - {f"{trials['beta']:g}"}
-    assert list(made.path.rglob("*.safetensors")) == []
-
-
-def test_sweep_goes_on_when_one_trial_diverges(config: RunConfig, scored: Artifact) -> None:
-    """A beta so large that the loss overflows fails alone, with its reason."""
-    made = sweep(with_(config, "sweep", betas=(0.1, 1e38), max_steps=3), scored, LOCAL)
-
-    assert made.record.counts["failed"] == 1
-    assert made.record.details["beta"] == 0.1
-    assert "not finite" in made.record.details["why_not"]["1e+38"]
-
-
-def test_sweep_without_betas_hands_on_the_configs(config: RunConfig, scored: Artifact) -> None:
-    """Nothing is trained."""
-    made = sweep(with_(config, "train", beta=0.3), scored, LOCAL)
-
-    assert made.record.details["beta"] == 0.3
-    assert made.record.counts["trials"] == 0
-
-
 def test_policy_is_not_judged_on_pairs_of_another_split(config: RunConfig, policy: Artifact, tmp_path: Path) -> None:
     """Pairs split with another seed may hold what the policy was trained on."""
     other = replace(config, store=str(tmp_path), seed=99)
@@ -222,15 +194,6 @@ def test_pairs_of_few_groups_are_not_judged(config: RunConfig, policy: Artifact,
     changed = replace(scored, home=str(tmp_path / "scored"), record=replace(scored.record, files={}))
     with pytest.raises(DataError, match="too few groups"):
         evaluate(few, changed, policy, LOCAL)
-
-
-def test_sweep_needs_validation_pairs(config: RunConfig, tmp_path: Path) -> None:
-    """Beta is not chosen on held-out pairs."""
-    no_validation = with_(replace(config, store=str(tmp_path)), "prepare", validation_fraction=0.0)
-    scored = score_reference(no_validation, prepare(no_validation, LOCAL), LOCAL)
-
-    with pytest.raises(ConfigError, match="no validation pairs"):
-        sweep(with_(no_validation, "sweep", betas=(0.1,)), scored, LOCAL)
 
 
 def test_diverging_training_names_its_step_and_is_not_complete(config: RunConfig, scored: Artifact) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dpo_train.errors import NonFiniteLossError, PreemptedError, RunError, Store
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.model.load import parameter_state
 from dpo_train.train.checkpoint import WRITER
-from dpo_train.train.job import CHECKPOINT_FOLDER
+from dpo_train.train.job import CHECKPOINT_FOLDER, pause_note
 from dpo_train.train.loop import Fit, fit
 from dpo_train.train.ranks import Ranks
 from dpo_train.train.speed import NAMES as SPEED_NAMES
@@ -109,6 +110,28 @@ def test_resumed_training_equals_an_unbroken_one_bit_for_bit(
     assert first_part == [0, 1, 2, 3, 4]
     assert resumed_steps == [4, 5, 6, 7]
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert _history(broken) == _history(job)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_paused_training_goes_on_as_an_unbroken_one_bit_for_bit(
+    model_folder: Path, job: Fit, tmp_path: Path, keep: Literal["last", "best"]
+) -> None:
+    """Paused at steps 2 and 5, where nothing is saved or measured otherwise; the notes hold the validation pairs."""
+    job = replace(job, config=replace(CONFIG, keep=keep))
+    unbroken = _run(model_folder, job)
+    broken = replace(job, home=str(_folder(tmp_path, "broken")))
+
+    for step in (2, 5):
+        assert not fit(tiny_policy(model_folder), replace(broken, pause_at=step), Ranks())
+        note = json.loads((Path(broken.home) / pause_note(step)).read_text())
+        assert note["step"] == step == len(_history(broken))
+        assert 0 <= note["metrics"]["validation/rewards/accuracy"] <= 1
+    policy = tiny_policy(model_folder)
+    assert fit(policy, replace(broken, pause_at=99), Ranks())
+
+    paused = parameter_state(policy)
+    assert all(torch.equal(paused[name], unbroken[name]) for name in unbroken)
     assert _history(broken) == _history(job)
 
 

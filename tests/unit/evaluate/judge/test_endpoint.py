@@ -112,9 +112,14 @@ def test_judge_that_always_says_a_is_found_out(asked: Asked) -> None:
     assert "takes the first answer in 100% of its 20 decisions" in comparison.problem
 
 
-@pytest.mark.parametrize("reply", ["As a language model, I like both.", "", None, "Preferred: A\nor perhaps B", "A"])
+@pytest.mark.parametrize(
+    "reply", ["As a language model, I like both.", "", " \n", None, "Preferred: A\nor perhaps B", "A"]
+)
 def test_nonsense_is_asked_about_once_more_and_then_unjudged(asked: Asked, reply: str | None) -> None:
-    """Two questions for each order; the second shows the reply and asks for the line alone."""
+    """Two questions for each order; the second shows the reply and asks for the line alone.
+
+    An empty reply is shown as a word, for servers refuse messages without content.
+    """
     with serving(_say(reply)) as server:
         (found,) = asked.compare(server, [_matchup("good", "bad")])
 
@@ -122,7 +127,7 @@ def test_nonsense_is_asked_about_once_more_and_then_unjudged(asked: Asked, reply
     assert found.reason.startswith("the judge's reply ends in no decision")
     roles = [[message["role"] for message in payload["messages"]] for payload in server.payloads]
     assert roles == [["user"], ["user", "assistant", "user"]] * 2
-    assert server.payloads[1]["messages"][1]["content"] == (reply or "")
+    assert server.payloads[1]["messages"][1]["content"] == (reply if reply and reply.strip() else "(nothing)")
 
 
 def test_nonsense_once_does_no_harm(asked: Asked) -> None:
@@ -213,12 +218,12 @@ def test_server_that_is_not_there_is_named(asked: Asked) -> None:
         (403, "may use this model"),
         (404, "check evaluate.judge.url"),
         (400, "status 400: no such thing"),
-        (307, "set evaluate.judge.url to where it points: http://elsewhere/"),
+        (307, "set evaluate.judge.url to where it points: http://elsewhere/{id}"),
     ],
 )
 def test_refusal_ends_the_evaluation_at_once(asked: Asked, status: int, words: str) -> None:
     """It would only repeat itself: no pause, no attempt beyond those that were under way."""
-    headers = {"Location": "http://elsewhere/"} if status == 307 else {}
+    headers = {"Location": "http://elsewhere/{id}"} if status == 307 else {}
     with serving(lambda *_: Answer(status, b"no such thing", headers)) as server:
         with pytest.raises(RunError, match=re.escape(words)):
             asked.compare(server, _several(50))

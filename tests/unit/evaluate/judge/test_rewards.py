@@ -61,6 +61,7 @@ def test_function_that_was_edited_is_the_new_one(tmp_path: Path, monkeypatch: py
         ("return '1.5'", r"returned no number .* Got: '1.5'"),
         ("return True", r"returned no number .* Got: True"),
         ("return [1.0]", r"returned no number .* Got: \[1.0\]"),
+        ("return 10**5000", r"returned a number at the prompt 'question 0' that is too large for a float"),
     ],
 )
 def test_function_that_fails_is_named_with_its_prompt(

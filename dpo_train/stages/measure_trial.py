@@ -1,0 +1,242 @@
+"""The policy of one trial of a sweep -> what validation pairs and prompts say of it
+
+pairs    --policy-->             log-probs --> accuracy, margin
+prompts  --policy, reference-->  answers   --> KL, length ratio --judge--> reward, win rate
+
+Nothing of the held-out split is looked at: the evaluation must find it untouched by the choice.
+P: validation pairs, N: prompts, G: groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_train import storage
+from dpo_train.artifacts import Artifact, Output
+from dpo_train.config import EndpointJudge, JudgeConfig, RunConfig
+from dpo_train.data.shards import Split, list_sums
+from dpo_train.disk import locked
+from dpo_train.evaluate.judge import Judgement, compare_rewards, win_rate
+from dpo_train.evaluate.samples import describe, turn_ends
+from dpo_train.evaluate.statistics import Floats, Ints, Means, number_groups, wilson
+from dpo_train.evaluate.trials import Parameter, Point, Trial
+from dpo_train.findings import Estimate
+from dpo_train.metrics_file import METRICS_FILE, read_history
+from dpo_train.progress import Reporter
+from dpo_train.stages.check import check_rows
+from dpo_train.stages.evaluate_judge import ask_endpoint, reward_answers
+from dpo_train.stages.evaluate_models import SCORE_COLUMNS, WORK, Asked, Replies, ask, pair_tables, prompt_tables
+from dpo_train.stages.evaluate_samples import answer_tables, check_lengths, distinct_prompts, estimate_kl
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.score_reference import join_scores
+
+TEMPERATURE = 1.0
+"""Of all answers: the KL is of answers at 1, and a reward belongs to the KL of the very answers that earn it."""
+
+_COLUMNS = (
+    *(*SCORE_COLUMNS, "group", "prompt", "chosen", "truncated_chosen"),
+    *("reference_chosen_logps", "reference_rejected_logps"),
+)
+_REFERENCE_REWARDS = "reference-rewards.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """What the judge says of a trial's answers, and where it selects, each prompt's value [N] (NaN: unjudged)."""
+
+    reward: Estimate | None = None
+    win_rate: Estimate | None = None
+    values_N: Floats = field(default_factory=lambda: np.zeros(0))
+    problem: str | None = None
+
+
+def measure_trial(
+    config: RunConfig,
+    scored: Artifact,
+    policy: Artifact,
+    *,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    seed: int,
+    executor: Executor,
+    out: Output,
+    reporter: Reporter,
+) -> Trial:
+    """Measures a trial; one whose numbers cannot be used comes back with its ``failure``.
+
+    What the reference says to the prompts is asked once, and kept in the scratch folder ``WORK`` of ``out`` for all
+    trials that are measured with it, also side by side; so is what a trial said before its measuring was cut short.
+
+    Args:
+        config: of the sweep, the same for all trials: its seed is that of answers and intervals, so that equal policies
+            give equal answers.
+        policy: output of the trial's training.
+        name, parameters, seed: of the trial.
+
+    Raises:
+        ConfigError: a prompt with its longest answer might not fit into a row, or the judge cannot be used.
+        RunError: the judge failed.
+    """
+    validation = Split(scored, "validation").table(_COLUMNS)
+    check_rows(validation, config.evaluate.row_tokens, "evaluate.row_tokens")
+    prompts = distinct_prompts(validation, config.sweep.num_prompts)
+    check_lengths(prompts, config)
+    asked = Asked(
+        name="policy",
+        model=config.model,
+        frozen_base=config.train.lora is not None,
+        end_ids=turn_ends(validation),
+        weights=policy,
+    )
+    mine = Output(storage.join(out.home, WORK, policy.record.digest))
+    mine.path.mkdir(parents=True, exist_ok=True)
+    said = ask(
+        config, asked, mine, executor, reporter, pairs=pair_tables(validation.select(SCORE_COLUMNS)),
+        prompts=_questions(config, prompts),
+    )  # fmt: skip
+    chosen_P, rejected_P = _log_ratios(validation, said)
+    trial = Trial(name=name, parameters=parameters, seed=seed, steps=policy.record.counts["steps"])
+    if wrong := np.count_nonzero(~np.isfinite(chosen_P - rejected_P)):
+        return replace(trial, failure=f"log-probs of {wrong} of {len(chosen_P)} validation pairs are not finite")
+    group_P = number_groups(validation["group"].to_pylist())
+    margins_P = float(policy.record.details["beta"]) * (chosen_P - rejected_P)
+    right_P = (margins_P > 0) + 0.5 * (margins_P == 0)
+    means = Means({"right": right_P, "margin": margins_P}, group_P, seed=config.seed)
+    trial = replace(
+        trial,
+        accuracy=means.share("right"),
+        margin=means.mean("margin"),
+        deviations=deviations(right_P, group_P),
+    )
+    if said.answers is not None:
+        trial = _with_answers(config, trial, asked, said.answers, prompts, executor, out, mine, reporter)
+    return replace(trial, points=_points(policy, trial, num_pairs=len(group_P), num_groups=int(group_P.max()) + 1))
+
+
+def deviations(values_P: Floats, group_P: Ints) -> tuple[float, ...]:
+    """[G] what each group adds to the error of the mean (``Trial.deviations``), to six digits; NaN: no value."""
+    is_there_P = ~np.isnan(values_P)
+    sums_G = np.bincount(group_P, weights=np.where(is_there_P, values_P, 0.0))
+    sizes_G = np.bincount(group_P, weights=is_there_P)
+    total = max(1.0, sizes_G.sum())
+    found_G = (sums_G - sums_G.sum() / total * sizes_G) / total
+    return tuple(float(f"{value:.6g}") for value in found_G.tolist())
+
+
+def _questions(config: RunConfig, prompts: pa.Table) -> list[pa.Table]:
+    size = config.evaluate.sample_batch
+    return prompt_tables(prompts["pair_id"], prompts["prompt_ids"], (TEMPERATURE,), size=size) if len(prompts) else []
+
+
+def _log_ratios(validation: pa.Table, said: Replies) -> tuple[Floats, Floats]:
+    """log policy - log reference [P] of the chosen and of the rejected answers."""
+    table = join_scores(validation, said.scores, prefix="policy_")
+    chosen_P, rejected_P = (
+        list_sums(table[f"policy_{side}_logps"]) - list_sums(table[f"reference_{side}_logps"])
+        for side in ("chosen", "rejected")
+    )
+    return chosen_P, rejected_P
+
+
+def _with_answers(
+    config: RunConfig,
+    trial: Trial,
+    asked: Asked,
+    answers: pa.Table,
+    prompts: pa.Table,
+    executor: Executor,
+    out: Output,
+    mine: Output,
+    reporter: Reporter,
+) -> Trial:
+    """The trial with what its answers show. ``out`` holds what is of all trials, ``mine`` what is of this one."""
+    reference = replace(asked, name="reference", weights=None)
+    with locked(out.path / WORK / "reference"):  # trials may be measured side by side
+        theirs = ask(config, reference, out, executor, reporter, prompts=_questions(config, prompts)).answers
+    scores = ask(config, reference, mine, executor, reporter, pairs=answer_tables(answers, prompts)).scores
+    divergence = estimate_kl(answers, scores)
+    (described,) = describe(answers, theirs, model="policy", seed=config.seed)
+    trial = replace(trial, kl=None if divergence is None else divergence.kl, length_ratio=described.length_ratio)
+    judge = config.evaluate.judge
+    if config.sweep.select.metric == "accuracy" or judge is None:
+        return trial
+    judged = _judged(config, judge, prompts, _texts(answers), _texts(theirs), executor, out, reporter)
+    if judged.problem is not None:
+        return replace(trial, failure=f"its {config.sweep.select.metric} cannot be used: {judged.problem}")
+    return replace(
+        trial,
+        reward=judged.reward,
+        win_rate=judged.win_rate,
+        deviations=deviations(judged.values_N, np.arange(len(judged.values_N))),
+    )
+
+
+def _judged(
+    config: RunConfig,
+    judge: JudgeConfig,
+    prompts: pa.Table,
+    ours: Mapping[str, str],
+    theirs: Mapping[str, str],
+    executor: Executor,
+    out: Output,
+    reporter: Reporter,
+) -> _Judged:
+    rows = {row["pair_id"]: row for row in prompts.select(["pair_id", "prompt"]).to_pylist()}
+    if isinstance(judge, EndpointJudge):
+        judgements = list(ask_endpoint(judge, rows, ours, {"reference": theirs}, reporter)["reference"].values())
+        return _won(judgements, list(rows), judge.model)
+
+    def rewards(texts: Mapping[str, str]) -> list[float | None]:
+        found = reward_answers(config, judge, rows, [(each, texts[each]) for each in rows], executor, reporter)
+        return [found[each, texts[each]] for each in rows]
+
+    kept = out.path / WORK / _REFERENCE_REWARDS
+    with locked(kept):
+        if not kept.is_file():
+            out.write_json(f"{WORK}/{_REFERENCE_REWARDS}", rewards(theirs))
+    mine = rewards(ours)
+    found = _won(compare_rewards(mine, json.loads(kept.read_text(encoding="utf-8"))), list(rows), judge.kind)
+    if config.sweep.select.metric == "win_rate" and found.problem is not None:
+        return found
+    mine_N = np.array(mine, dtype=np.float64)
+    if not np.isfinite(mine_N).any():
+        return _Judged(problem="the judge rewards none of the answers with a number")
+    mine_N[~np.isfinite(mine_N)] = np.nan
+    reward = Means({"": mine_N}, np.arange(len(mine_N)), seed=config.seed).mean("")
+    return replace(
+        found,
+        reward=reward,
+        values_N=mine_N if config.sweep.select.metric == "reward" else found.values_N,
+        problem=None,
+    )
+
+
+def _won(judgements: Sequence[Judgement], prompt_ids: Sequence[str], judge: str) -> _Judged:
+    found = win_rate(judgements, prompt_ids, opponent="reference", judge=judge, temperature=TEMPERATURE)
+    outcomes = [judgement.outcome for judgement in judgements]
+    return _Judged(
+        win_rate=None if found.problem else found.win_rate,
+        values_N=np.array(outcomes, dtype=np.float64),
+        problem=found.problem,
+    )
+
+
+def _texts(answers: pa.Table) -> dict[str, str]:
+    return dict(zip(answers["pair_id"].to_pylist(), answers["answer"].to_pylist(), strict=True))
+
+
+def _points(policy: Artifact, trial: Trial, *, num_pairs: int, num_groups: int) -> tuple[Point, ...]:
+    """What the training itself measured on the way, and the end as it was measured here."""
+    end = int(policy.record.details["kept_step"])
+    way: list[Point] = []
+    for line in read_history(policy.file(METRICS_FILE)):
+        accuracy = line.get("validation/rewards/accuracy")
+        if accuracy is not None and line["step"] + 1 < end:
+            found = wilson(accuracy * num_pairs, num_groups, n=num_pairs)
+            way.append(Point(step=int(line["step"]) + 1, accuracy=found))
+    return (*way, Point(step=end, accuracy=trial.accuracy, margin=trial.margin, kl=trial.kl))

@@ -1,0 +1,200 @@
+"""One trial of a sweep: a training with other settings, up to a rung or to its end, and then measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_train import storage
+from dpo_train.artifacts import (
+    CLAIM_FILE,
+    RECORD_FILE,
+    Artifact,
+    Output,
+    discard,
+    local_copy,
+    mirror,
+    open_artifact,
+    void,
+)
+from dpo_train.config import RunConfig
+from dpo_train.disk import is_locked, lock_path
+from dpo_train.errors import StoreError
+from dpo_train.evaluate.trials import trial_to_dict
+from dpo_train.metrics_file import METRICS_FILE
+from dpo_train.progress import Reporter
+from dpo_train.stages.common import storage_options
+from dpo_train.stages.evaluate_models import WORK
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.measure_trial import measure_trial
+from dpo_train.stages.sweep_space import Parameters
+from dpo_train.stages.train import Paused, train
+
+TRIALS_FOLDER = "trials"
+STEPS_FOLDER = f"{WORK}/steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialReporter(Reporter):
+    """Reports one trial's steps as a part of the whole sweep's."""
+
+    name: str = ""
+    folder: str = ""
+    """Where each trial leaves how many steps it has done; all of them on this machine share it."""
+    total: int = 0
+    """Steps of all trials."""
+
+    def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
+        """Of the training alone: pairs and prompts that are asked for afterwards would make the bar jump."""
+        del total
+        if unit != "steps" or self.path is None:
+            return
+        try:
+            everyone = self._counted(int(done))
+        except OSError:
+            return  # for show; on a full disk it is the training's own error that must come through
+        super().progress(everyone, self.total, unit, **metrics)
+
+    def message(self, text: str) -> None:
+        super().message(f"{self.name}: {text}")
+
+    def _counted(self, done: int) -> int:
+        """Steps of all trials, this one's being ``done``. Not flushed to disk: it is done at every step."""
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{self.name}"
+        temporary.write_text(str(done), encoding="utf-8")
+        temporary.replace(folder / self.name)
+        return sum(int(file.read_text(encoding="utf-8")) for file in folder.iterdir() if file.name[0] != ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """What the process that runs a trial is told; picklable."""
+
+    name: str
+    parameters: Parameters
+    seed: int
+    config: RunConfig
+    """The sweep's."""
+    training: RunConfig
+    """As this trial's training has it."""
+    scored: Artifact
+    sweep: str
+    """The sweep's output."""
+    home: str
+    """The training's."""
+    pause_at: int | None
+    reporter: Reporter
+
+    @property
+    def folder(self) -> str:
+        """Of the trial, in the sweep's output."""
+        return folder_of(self.name)
+
+    @property
+    def result_file(self) -> str:
+        """Where the result is kept until the sweep is complete."""
+        rung = "end" if self.pause_at is None else f"{self.pause_at:08d}"
+        return f"{WORK}/results/{self.name}@{rung}.json"
+
+    def __call__(self, executor: Executor) -> Mapping[str, Any]:
+        """Trains, and measures if the training has come to its end.
+
+        Returns:
+            ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished.
+        """
+        storage.use(storage_options(self.config))
+        out = Output(self.sweep)
+        try:
+            policy = train(
+                self.training, self.scored, executor, output=self.home, reporter=self.reporter, pause_at=self.pause_at
+            )
+        except Paused as paused:
+            result: dict[str, Any] = {"step": paused.step, "metrics": dict(paused.metrics)}
+        else:
+            (out.path / WORK).mkdir(parents=True, exist_ok=True)
+            trial = measure_trial(
+                self.config, self.scored, policy, name=self.name, parameters=self.parameters, seed=self.seed,
+                executor=executor, out=out, reporter=self.reporter,
+            )  # fmt: skip
+            policy.file(METRICS_FILE)  # here, if other machines have trained
+            result = {"step": trial.steps, "metrics": dict(policy.record.metrics), "trial": trial_to_dict(trial)}
+        finally:
+            keep_curve(self.home, out, self.folder)
+        # At once: were the launching process to die now, nothing would be measured twice.
+        keep(out, self.result_file, {"result": result, "failure": None})
+        return result
+
+
+def folder_of(name: str) -> str:
+    """Of a trial's files, in the sweep's output."""
+    return f"{TRIALS_FOLDER}/{name}"
+
+
+def keep(out: Output, name: str, content: Any) -> None:
+    """A small file of the sweep's output, whole, here and where it belongs."""
+    (out.path / name).parent.mkdir(parents=True, exist_ok=True)
+    out.write_json(name, content)
+    mirror(out.home).publish(name)
+
+
+def kept(out: Output, name: str) -> Any:
+    """What ``keep`` was given, by this machine or another; None if it never was."""
+    file = _fetched(out, name)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+
+
+def _fetched(out: Output, name: str) -> Path | None:
+    if not (out.path / name).is_file() and (
+        not storage.is_remote(out.home) or storage.info(storage.join(out.home, name)) is None
+    ):
+        return None
+    return mirror(out.home).fetch(name)
+
+
+def keep_curve(home: str, out: Output, folder: str) -> None:
+    """A copy of the training's numbers so far: those of a loser go with its output."""
+    source, target = local_copy(home) / METRICS_FILE, out.path / folder / METRICS_FILE
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        mirror(out.home).publish(f"{folder}/{METRICS_FILE}")
+
+
+def bring_curve(out: Output, folder: str) -> None:
+    """The copy that another machine has left, for the output's list of files."""
+    _fetched(out, f"{folder}/{METRICS_FILE}")
+
+
+def exists(home: str) -> bool:
+    """Whether somebody has made, or begun to make, this output."""
+    if storage.is_remote(home):
+        return any(storage.info(storage.join(home, name)) is not None for name in (RECORD_FILE, CLAIM_FILE))
+    return any((Path(home) / name).is_file() for name in (RECORD_FILE, CLAIM_FILE))
+
+
+def remove(home: str, reporter: Reporter) -> None:
+    """Takes a whole output away, its record first: nobody must find a complete one without its weights.
+
+    One that another process is making right now stays.
+    """
+    if not exists(home) or is_locked(local_copy(home)):
+        return
+    try:
+        artifact = open_artifact(home)
+    except StoreError:
+        artifact = None  # it was never complete
+    try:
+        if artifact is not None:
+            void(artifact)
+    except (StoreError, storage.StorageUnavailableError) as error:
+        reporter.message(f"note: {home} has served and could not be removed: {error}")
+        return
+    parent, name = home.rstrip("/").rsplit("/", 1)
+    discard(parent, name, tell=reporter.message)
+    lock_path(local_copy(home)).unlink(missing_ok=True)
