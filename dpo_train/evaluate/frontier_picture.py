@@ -212,5 +212,5 @@ def limits(estimates: Iterable[Estimate], *others: float) -> tuple[float, float]
     room = 0.5 * (high - low) or max(abs(estimate.high - estimate.low) for estimate in found) or 0.1
     low = max(low - room, min([low, *(estimate.low for estimate in found)]))
     high = min(high + room, max([high, *(estimate.high for estimate in found)]))
-    edge = 0.06 * (high - low)
+    edge = 0.06 * (high - low) or room  # a single value without an interval has an axis too
     return low - edge, high + edge

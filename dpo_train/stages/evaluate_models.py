@@ -116,7 +116,8 @@ def _link(source: str, target: str) -> None:
 
 def _write(table: pa.Table, path: Path) -> None:
     """Whole or absent."""
-    temporary = path.with_suffix(".part")
+    # Trials of a sweep that run side by side may both ask the reference.
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     pq.write_table(table, temporary)
     temporary.replace(path)
 

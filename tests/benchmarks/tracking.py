@@ -36,7 +36,7 @@ def config_of(folder: Path, url: str, steps: int) -> RunConfig:
         "store": str(folder / "store"), "model": {"path": str(folder / "model")},
         "prepare": {
             "path": str(folder / "pairs.jsonl"), "group_key": "conversation", "validation_fraction": 0.0,
-            "heldout_fraction": 0.0,
+            "heldout_fraction": 0.1,
         },
         "train": {
             "batch_pairs": 16, "max_steps": steps, "epochs": 1000, "row_tokens": 512, "checkpoint_steps": steps,

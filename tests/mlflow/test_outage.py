@@ -198,9 +198,9 @@ def test_version_that_was_made_twice_is_the_first(config: RunConfig, proxy: Prox
     made = register(config, policy, made_report(config, policy), tracking)
 
     versions = {v.version: v for v in tracking.client.search_model_versions("name = 'made-twice'")}
-    assert versions.keys() == {1, 2}
+    assert versions.keys() == {"1", "2"}
     assert made.record.details["version"] == "1"
-    assert versions[1].description.startswith("held-out accuracy 0.900")
+    assert versions["1"].description.startswith("held-out accuracy 0.900")
     assert tracking.client.get_registered_model("made-twice").aliases == {"challenger": "1"}
 
 

@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(status, headers, content, kind)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = _pass_on
 
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)

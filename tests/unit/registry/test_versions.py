@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("mlflow")
+
+import mlflow
 
 from dpo_train.registry.versions import default_uri
 

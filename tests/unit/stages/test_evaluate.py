@@ -202,7 +202,7 @@ def test_pairs_that_were_scored_in_another_dtype_are_refused(made: Made) -> None
 
 def test_answers_are_of_different_groups(made: Made) -> None:
     """Two pairs of one conversation are not independent, and one prompt of each is asked."""
-    config, scored, _ = made
+    _, scored, _ = made
     heldout = Split(scored, "heldout").table()
 
     asked = distinct_prompts(heldout, 1000)
