@@ -120,7 +120,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
 def _meaning(error: Exception) -> tuple[type[TrackingError], str]:
     """What MLflow's failure is to us, and what to do about it."""
     status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else 500
-    if status == 401 or "401" in first_line(error):
+    if status == 401 or "error code 401" in first_line(error):
         return TrackingError, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
     if status in {408, 429} or status >= 500:
         return AwayError, "check tracking.uri, the server and your rights there"

@@ -129,8 +129,8 @@ def test_share_with_few_wrong_groups_is_wilsons(wrong: int) -> None:
 
 
 def test_group_that_holds_half_of_all_pairs_counts_as_what_it_tells() -> None:
-    """39 groups of one pair and one of 39, all right: (39 + 39)^2 / (39 + 39^2) = 3.9 groups of one size. The bound of 40
-    groups, 0.912, would be far too good; Wilson's of 3.9 is 3.9 / (3.9 + 1.96^2)."""
+    """39 groups of one pair and one of 39, all right: (39 + 39)^2 / (39 + 39^2) = 3.9 groups of one size. The bound of
+    40 groups, 0.912, would be far too good; Wilson's of 3.9 is 3.9 / (3.9 + 1.96^2)."""
     groups = [str(i) for i in range(39)] + ["large"] * 39
 
     found = cluster_share(np.ones(78), groups, seed=0)
