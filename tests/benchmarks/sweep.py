@@ -1,6 +1,6 @@
 """A sweep: how many trainings does it cost, and does halving choose the same beta?
 
-    python -m tests.benchmarks.sweep [--pairs 1600] [--steps 480] [--hidden 64] [--layers 2] [--noise 0.2]
+    python -m tests.benchmarks.sweep [--pairs 6000] [--steps 400] [--hidden 64] [--layers 2] [--noise 0.2]
 
 Pairs, of which some have their answers swapped, are prepared and scored; then one training, a sweep of eight betas that
 all go to the end, and one with halving run in this process, each into a store of its own. A training is the whole stage
@@ -78,6 +78,12 @@ def timed(work: Callable[[], Artifact]) -> tuple[Artifact, float, float]:
     return made, time.process_time() - cpu, time.perf_counter() - clock
 
 
+def train_alone(config: RunConfig, scored: Artifact, store: Path) -> tuple[float, float]:
+    """Seconds of CPU and of the clock of one training in a store of its own."""
+    alone = dataclasses.replace(config, store=str(store))
+    return timed(functools.partial(train, alone, scored, InProcess()))[1:]
+
+
 def show_trials(made: Artifact) -> None:
     """What was found of each beta."""
     for trial in json.loads((made.path / "trials.json").read_text())["trials"]:
@@ -90,7 +96,7 @@ def show_trials(made: Artifact) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in {"pairs": 1600, "steps": 480, "hidden": 64, "layers": 2}.items():
+    for name, default in {"pairs": 6000, "steps": 400, "hidden": 64, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--noise", type=float, default=0.2, help="share of swapped answers")
     arguments = parser.parse_args()
@@ -105,15 +111,16 @@ def main() -> None:
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=1)), scored, InProcess())
         print("| | trials | seconds of CPU | trainings | seconds | beta |\n| --- | --- | --- | --- | --- | --- |")
         for label, halving in {"halving": 2, "all to the end": None}.items():
-            # Beside each sweep, so that a busier machine makes both dearer.
-            alone = dataclasses.replace(config, store=str(folder / f"alone beside {label}"))
-            _, one, clock = timed(functools.partial(train, alone, scored, InProcess()))
-            print(f"| one training of {arguments.steps} steps | 1 | {one:.1f} | 1 | {clock:.1f} | |", flush=True)
             swept = config_of(folder, arguments.steps, halving=halving)
             swept = dataclasses.replace(swept, store=str(folder / label))
-            made, cpu, clock = timed(functools.partial(sweep, swept, scored, InProcess()))
+            # One training before the sweep and one after it: a machine that gets busier makes both dearer.
+            one, clock = train_alone(config, scored, folder / f"before {label}")
+            made, cpu, sweep_clock = timed(functools.partial(sweep, swept, scored, InProcess()))
+            again, clock_again = train_alone(config, scored, folder / f"after {label}")
+            one, clock = (one + again) / 2, (clock + clock_again) / 2
             trials, beta = made.record.counts["trials"], made.record.details["beta"]
-            print(f"| {label} | {trials} | {cpu:.1f} | {cpu / one:.2f} | {clock:.1f} | {beta:g} |", flush=True)
+            print(f"| one training of {arguments.steps} steps | 1 | {one:.1f} | 1 | {clock:.1f} | |")
+            print(f"| {label} | {trials} | {cpu:.1f} | {cpu / one:.2f} | {sweep_clock:.1f} | {beta:g} |", flush=True)
             show_trials(made)
 
 

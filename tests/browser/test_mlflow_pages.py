@@ -126,7 +126,7 @@ def test_trials_are_compared_by_beta(page: Any, site: Site) -> None:
     """Parallel coordinates from what was tried to what came of it."""
     trials = ",".join(f"%22{site.runs[f'beta={beta:g}']}%22" for beta in BETAS)
     address = f"{site.url}/#/compare-runs?runs=[{trials}]&experiments=[%22{site.experiment}%22]"
-    text = opened(page, address, "Parallel Coordinates Plot", "train.beta", "samples/kl", "validation/margin")
+    text = opened(page, address, "Parallel Coordinates Plot", "train.beta", "rewards/margin", "samples/kl")
     assert all(f"beta={beta:g}" in text for beta in BETAS)
     metrics = page.get_by_role("combobox").nth(1)
     for name in ("validation/margin", "samples/kl"):
