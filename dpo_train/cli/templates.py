@@ -46,12 +46,17 @@ def reference() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _sections(hint: Any) -> tuple[type, ...]:
+    """The sections behind a field, unless it may be a list as well, which is shown as one value."""
+    return () if any(typing.get_origin(part) is tuple for part in typing.get_args(hint)) else section_types(hint)
+
+
 def _section(kind: type, prefix: str, depth: int) -> list[str]:
     hints = typing.get_type_hints(kind)
     lines = []
     for item in dataclasses.fields(kind):
         key = prefix + item.name
-        sections = section_types(hints[item.name])
+        sections = _sections(hints[item.name])
         indent = "  " * depth
         if sections:
             lines += ["", f"{indent}# {item.metadata['help']}"]
@@ -93,7 +98,7 @@ def _tables(kind: type, prefix: str, name: str = "") -> list[str]:
     hints = typing.get_type_hints(kind, include_extras=True)
     rows, inner_blocks = ["| key | type | default | meaning |", "|---|---|---|---|"], []
     for item in dataclasses.fields(kind):
-        sections = section_types(typing.get_type_hints(kind)[item.name])
+        sections = _sections(typing.get_type_hints(kind)[item.name])
         for inner in sections:
             alternative = f" (kind: {kind_of(inner)})" if len(sections) > 1 else ""
             inner_blocks += _tables(inner, f"{prefix}{item.name}.", alternative)
@@ -132,8 +137,18 @@ def _type_text(hint: Any) -> str:
     if origin is tuple:
         return f"list of {_type_text(parameters[0])}"
     if parameters:
-        return " | ".join("null" if part is type(None) else _type_text(part) for part in parameters)
+        return " | ".join(_alternative(part) for part in parameters)
     return str(getattr(hint, "__name__", hint))
+
+
+def _alternative(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    return (
+        "{" + ", ".join(f.name for f in dataclasses.fields(hint)) + "}"
+        if dataclasses.is_dataclass(hint)
+        else _type_text(hint)
+    )
 
 
 def _text(item: dataclasses.Field[Any]) -> str:

@@ -121,7 +121,7 @@ def test_the_whole_flow_is_the_same_in_a_bucket(
         for artifact in first.artifacts.values()
         for name in (*artifact.record.files, "claim.json", "record.json")
     }
-    assert {key for key in objects if "/trials/" not in key} == listed
+    assert set(objects) == listed
     assert s3_server.unfinished("flow") == []
     assert not any(b"test-secret" in body for body in objects.values())
     assert not any(b"test-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
@@ -220,7 +220,7 @@ class OwnDisk(InProcess):
     ) -> Iterator[pa.Table]:
         self._cache.rename(self._away)
         found = list(super().map_tables(make, tables, uses_model=uses_model))
-        shutil.rmtree(self._cache)
+        shutil.rmtree(self._cache, ignore_errors=True)  # a worker that fetched nothing has made none
         self._away.rename(self._cache)
         yield from found
 
