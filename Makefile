@@ -20,7 +20,7 @@ demo-control: $(READY)
 	$(BIN)/dpo run examples/demo.yaml prepare.path=demo/assets/chitchat-shuffled.jsonl; test $$? -eq 1
 
 # Unit tests and those of object storage run on two cores, by files; the others start Ray or many processes of their own.
-PARALLEL := tests/unit tests/s3
+PARALLEL := tests/unit tests/s3 tests/browser
 REST := tests $(PARALLEL:%=--ignore=%)
 
 test: $(READY) lint
