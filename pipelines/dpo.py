@@ -21,7 +21,8 @@ def dpo(config: str, run_name: str = "dpo") -> None:
         run_name: name of the MLflow run.
     """
     # Caching is off throughout: a stage knows better than Kubeflow whether its output is complete and still true.
-    run = resolve(config=config, run_name=run_name).set_caching_options(False)
+    kubeflow_run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    run = resolve(config=config, run_name=run_name, kubeflow_run=kubeflow_run).set_caching_options(False)
     common = {"config": config, "run_id": run.outputs["run_id"]}
     pairs = prepare(**common, data_digest=run.outputs["data_digest"]).set_caching_options(False)
     model = sft(**common, pairs=pairs.outputs["pairs"]).set_caching_options(False)
