@@ -130,7 +130,7 @@ def test_the_whole_flow_is_the_same_in_a_bucket(
     assert all(artifact.reused for artifact in launch.run(remote).artifacts.values())
     assert proxied.count("PUT", "") == 0
     assert proxied.count("GET", r"parquet|safetensors") == 0
-    # For each of seven stages its record, its lock and a listing of the model; before them the data, the model, the store.
+    # For each of seven stages its record and a listing of the model; before them data, model, store; the report.
     assert proxied.count("*", "") < 34
 
     elsewhere = launch.run(machine(remote, tmp_path / "two")).artifacts
