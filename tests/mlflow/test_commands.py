@@ -12,7 +12,7 @@ import pytest
 from dpo_train.cli import models
 from dpo_train.tracking import TrackingError, _client
 from tests.command import write_config
-from tests.mlflow.server import free_port, serving
+from tests.mlflow.server import free_port, guarding, serving
 from tests.mlflow.test_promote import champion_of, model
 from tests.tiny import tiny_config
 
@@ -58,16 +58,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that asks who one is: reading is for all, writing for those who made a model."""
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
     folder = tmp_path_factory.mktemp("guarded")
-    settings = folder / "auth.ini"
-    settings.write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
-        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    variables = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
-        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1],
-    }  # fmt: skip
+    variables = guarding(folder, ADMIN) | {"MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1]}
     with serving(folder, "--app-name", "basic-auth", variables=variables) as url:
         yield url
 

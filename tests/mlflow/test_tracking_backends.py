@@ -16,7 +16,7 @@ from dpo_train.config import RunConfig
 from dpo_train.errors import UserError
 from dpo_train.tracking import RunLog, Tracking, TrackingError
 from tests.mlflow.postgres import postgres
-from tests.mlflow.server import serving
+from tests.mlflow.server import guarding, serving
 from tests.s3.server import serve
 from tests.tiny import tiny_config
 
@@ -101,13 +101,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from mlflow.server.auth.client import AuthServiceClient
 
     folder = tmp_path_factory.mktemp("guarded")
-    settings = folder / "auth.ini"
-    settings.write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
-        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    variables = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test"}
+    variables = guarding(folder, ADMIN)
     with serving(folder, "--app-name", "basic-auth", variables=variables) as url:
         with pytest.MonkeyPatch.context() as patch:
             log_in(patch, ADMIN)
