@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 # What only shows or moves results is not part of what computes them.
-_PRESENTATION = {"cli", "cluster", "progress.py", "tracking", "launch.py", "describe.py", "runs.py", "storage"}
+_PRESENTATION = {
+    "cli", "cluster", "planning", "progress.py", "tracking", "launch.py", "launching.py", "describe.py", "runs.py",
+    "storage",
+}  # fmt: skip
 
 
 @functools.cache

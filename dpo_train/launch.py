@@ -24,6 +24,7 @@ from dpo_train.artifacts import Artifact, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
 from dpo_train.describe import metadata, refusal, summary, uri
 from dpo_train.errors import DpoError, GateRefusedError, StoreError
+from dpo_train.launching import is_launched, run_elsewhere
 from dpo_train.preflight import check_inputs, check_store, check_tracking, use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 from dpo_train.runs import RUNS, RunFolder, store_lock
@@ -115,8 +116,11 @@ def close_run(config: RunConfig, run_id: str, error: BaseException) -> None:
 
 
 def resolve_device(config: RunConfig) -> RunConfig:
-    """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again."""
-    if config.compute.device != "auto":
+    """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again.
+
+    Stages that are launched look where they run.
+    """
+    if config.compute.device != "auto" or config.cluster.launcher != "none":
         return config
     device: Literal["cpu", "cuda"] = "cpu"
     # Importing torch takes seconds; without a driver's device file there is nothing for it to find.
@@ -153,7 +157,7 @@ def run(config: RunConfig) -> Result:
 @contextlib.contextmanager
 def session(config: RunConfig) -> Iterator[None]:
     """Ray, started once for all stages, if the config wants it."""
-    if config.compute.executor == "local":
+    if config.compute.executor == "local" or config.cluster.launcher != "none":
         yield
         return
     from dpo_train.runtime.session import ray_session
@@ -211,8 +215,11 @@ def run_stage(
     Raises:
         DpoError: what the stage raised; the parent run is then FAILED.
     """
-    config = resolve_device(config)
     reporter = Reporter.from_environment(stage)
+    if is_launched(stage, config):
+        with _told(reporter):
+            return run_elsewhere(stage, config, inputs, run_id=run_id, output=output)
+    config = resolve_device(config)
     reporter.event("start")
     start = time.perf_counter()
     use_storage(config)

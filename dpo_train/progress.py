@@ -10,11 +10,34 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ENVIRONMENT_KEY = "DPO_EVENTS"
+
+_forward: Callable[[str, str], None] | None = None
+
+
+def forward_to(send: Callable[[str, str], None] | None) -> None:
+    """Has this process hand on its events, as (path, line), to one that can reach their file; None: writes them itself.
+
+    A worker on another machine does not see the driver's files.
+    """
+    global _forward  # noqa: PLW0603 - all reporters of a process, wherever they came from
+    _forward = send
+
+
+def append(path: str, line: str) -> None:
+    """Appends a line to a file of events."""
+    try:
+        with Path(path).open("a", encoding="utf-8") as stream:
+            stream.write(line)
+    except OSError as error:
+        # Events are for show. On a full disk it is the output's own error that must come through.
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 @dataclass(frozen=True)
@@ -32,13 +55,7 @@ class Reporter:
         if self.path is None:
             return
         line = json.dumps({"time": time.time(), "stage": self.stage, "kind": kind, **fields}) + "\n"
-        try:
-            with Path(self.path).open("a", encoding="utf-8") as stream:
-                stream.write(line)
-        except OSError as error:
-            # Events are for show. On a full disk it is the output's own error that must come through.
-            if error.errno != errno.ENOSPC:
-                raise
+        (_forward or append)(self.path, line)
 
     def progress(self, done: float, total: float, unit: str = "pairs", **metrics: float) -> None:
         """``done`` of ``total`` units, and the numbers that move meanwhile (loss, margin)."""

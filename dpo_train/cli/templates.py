@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import JsonValue
@@ -81,10 +82,8 @@ def _inline(kind: type) -> str:
     """A section's defaults on one line, with examples for what is required."""
     shown = []
     for item in dataclasses.fields(kind):
-        if item.default is not dataclasses.MISSING:
-            value = _text(item)
-        else:
-            value = kind_of(kind) if item.name == "kind" else _EXAMPLES[item.name]
+        required = "" if _has_default(item) else kind_of(kind) if item.name == "kind" else _EXAMPLES[item.name]
+        value = required or _text(item)
         shown.append(f"{item.name}: {value}")
     return "{" + ", ".join(shown) + "}"
 
@@ -104,7 +103,7 @@ def _tables(kind: type, prefix: str, name: str = "") -> list[str]:
             inner_blocks += _tables(inner, f"{prefix}{item.name}.", alternative)
         if sections:
             continue
-        default = "required" if item.default is dataclasses.MISSING else f"`{_text(item)}`"
+        default = f"`{_text(item)}`" if _has_default(item) else "required"
         shown, help_text = _cell(_type_text(hints[item.name])), _cell(item.metadata["help"]).replace("<", "&lt;")
         rows.append(f"| `{prefix}{item.name}` | {shown} | {default} | {help_text} |")
     title = f"## {prefix.rstrip('.')}{name}" if prefix else "## Top level"
@@ -128,9 +127,9 @@ def _type_text(hint: Any) -> str:
         return ("one of " if len(parameters) > 1 else "") + ", ".join(map(str, parameters))
     if dataclasses.is_dataclass(hint):
         return "mappings with keys of its section"
-    if hint is JsonValue:
+    if hint in {JsonValue, Any}:
         return "any value"
-    if origin is dict and parameters[0] is str:
+    if origin in {dict, Mapping} and typing.get_origin(parameters[0]) is not typing.Literal:
         return f"mapping of names to {_type_text(parameters[1])}"
     if origin is dict:
         return f"mapping of any of these to {_type_text(parameters[1])}"
@@ -151,5 +150,12 @@ def _alternative(hint: Any) -> str:
     )
 
 
+def _has_default(item: dataclasses.Field[Any]) -> bool:
+    return item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+
+
 def _text(item: dataclasses.Field[Any]) -> str:
+    """The default, as YAML takes it."""
+    if item.default_factory is not dataclasses.MISSING:
+        return json.dumps(item.default_factory())
     return item.default if isinstance(item.default, str) else json.dumps(item.default)

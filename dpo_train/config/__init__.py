@@ -8,6 +8,7 @@ identity of an output (see artifacts.py).
 """
 
 from dpo_train.config.checks import ranking_mistakes
+from dpo_train.config.cluster import ClusterConfig, KubeflowConfig, PodConfig, RetrainConfig, WorkerConfig
 from dpo_train.config.data import Format, PrepareConfig, ScoreConfig, SourceConfig, Split, Truncation
 from dpo_train.config.evaluation import EvaluateConfig, GateConfig, RegisterConfig
 from dpo_train.config.judging import EndpointJudge, FunctionJudge, JudgeConfig, RewardModelJudge
@@ -18,6 +19,7 @@ from dpo_train.config.sweeping import LogUniform, SelectConfig, SweepConfig
 from dpo_train.config.training import FitConfig, LoraConfig, Loss, ModelConfig, SftConfig, TrainConfig
 
 __all__ = [
+    "ClusterConfig",
     "ComputeConfig",
     "EndpointJudge",
     "EvaluateConfig",
@@ -26,12 +28,15 @@ __all__ = [
     "FunctionJudge",
     "GateConfig",
     "JudgeConfig",
+    "KubeflowConfig",
     "LogUniform",
     "LoraConfig",
     "Loss",
     "ModelConfig",
+    "PodConfig",
     "PrepareConfig",
     "RegisterConfig",
+    "RetrainConfig",
     "RewardModelJudge",
     "RunConfig",
     "ScoreConfig",
@@ -44,6 +49,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "Truncation",
+    "WorkerConfig",
     "check_alias",
     "load_config",
     "parse_config",

@@ -53,6 +53,14 @@ def check(config: RunConfig, origin: str) -> None:
             config.compute.score_sharded and (config.compute.workers == 1 or config.compute.executor == "local")
         ),
         **_tensor_parallel_mistakes(config),
+        "compute.min_workers is above compute.workers": (config.compute.min_workers or 1) > config.compute.workers,
+        "compute.min_workers needs Ray, and compute.executor is local": (
+            config.compute.min_workers is not None
+            and (config.compute.executor == "local" and config.cluster.launcher == "none")
+        ),
+        "compute.min_workers changes how many work together, and compute.tensor_parallel needs whole groups": (
+            config.compute.min_workers is not None and config.compute.tensor_parallel > 1
+        ),
         **_evaluation_mistakes(config),
         "prepare.chat_template and prepare.template_options have no meaning with prepare.template=plain": (
             prepare.template == "plain" and (prepare.chat_template is not None or prepare.template_options)

@@ -31,4 +31,6 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
     """A dataclass field with a help text; without a default the key is required."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

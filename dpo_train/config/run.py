@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from dpo_train.config.cluster import ClusterConfig, KubeflowConfig, RetrainConfig
 from dpo_train.config.data import PrepareConfig, ScoreConfig
 from dpo_train.config.evaluation import EvaluateConfig, RegisterConfig
-from dpo_train.config.kinds import STRICT, Count, Seed, option
+from dpo_train.config.kinds import STRICT, Count, Positive, Seed, option
 from dpo_train.config.sweeping import SweepConfig
 from dpo_train.config.training import ModelConfig, SftConfig, TrainConfig
 
@@ -23,6 +24,10 @@ class ComputeConfig:
     executor: Literal["ray", "local"] = option("ray", "ray: Ray Data, Train and Tune; local: in this process, one rank")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
     workers: Count = option(1, "training workers; with GPUs at most one per GPU")
+    min_workers: Count | None = option(
+        None,
+        "a training goes on with so few while other workers are away, and grows again when they are back (elastic)",
+    )
     data_workers: Count = option(2, "workers for preparing, scoring and sampling")
     shard: Literal["auto", "on", "off"] = option(
         "auto", "FSDP2: each training worker holds a share of every weight; auto: when all weights are trained"
@@ -40,6 +45,9 @@ class ComputeConfig:
         False,
         "score, and sample, on the training workers together, each holding a share of every weight: for models that do "
         "not fit one worker",
+    )
+    timeout_minutes: Positive = option(
+        30.0, "workers that wait so long for each other have lost one: the training restarts from its checkpoint"
     )
     max_failures: Annotated[int, Ge(0)] = option(1, "how often Ray may restart a training whose worker died")
 
@@ -89,3 +97,6 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig, metadata={"help": "where it runs"})
     storage: StorageConfig = field(default_factory=StorageConfig, metadata={"help": "object storage"})
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={"help": "MLflow tracking"})
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"help": "Kubernetes and Ray clusters"})
+    kubeflow: KubeflowConfig = field(default_factory=KubeflowConfig, metadata={"help": "Kubeflow Pipelines"})
+    retrain: RetrainConfig = field(default_factory=RetrainConfig, metadata={"help": "runs that come again"})

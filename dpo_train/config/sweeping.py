@@ -68,6 +68,9 @@ class SweepConfig:
     num_prompts: Annotated[int, Gt(-1)] = option(
         16, "validation prompts that each trial answers, for its KL and lengths; 0: none"
     )
+    kl_points: Count = option(
+        1, "after how many equal parts of its steps a trial answers them; 1: at its end (and where halving stops it)"
+    )
     select: SelectConfig = field(default_factory=SelectConfig, metadata={"help": "which trial wins"})
     use: Literal["settings", "policy"] = option(
         "settings", "what the training takes: the winner's settings, or the winner's policy itself"

@@ -1,0 +1,254 @@
+"""A job and the config to a KubeRay RayJob (ray.io/v1). Pure: the same arguments give the same manifest.
+
+    RayJob
+      entrypoint           dpo job <folder>, run by a submitter pod once the Ray cluster is ready
+      rayClusterSpec       head (drives the job, runs no training) and one group of workers
+      backoffLimit 0       who launches it decides about another attempt, see launcher.py
+      activeDeadline, shutdown after the end, suspended from the start where Kueue is to admit it
+
+Pods pass the `restricted` pod security standard. Secrets come from Secrets by envFrom, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from dpo_train.cluster.job import Job
+from dpo_train.config import ClusterConfig, PodConfig, RunConfig
+from dpo_train.errors import ConfigError
+
+API_VERSION = "ray.io/v1"
+MANAGED_BY = {"app.kubernetes.io/managed-by": "dpo"}
+STAGE_LABEL = "dpo.dev/stage"
+SPEC_HASH = "dpo.dev/spec-hash"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+CACHE_PATH = "/var/cache/dpo"
+USER = 1000
+"""The image's user; files on volumes get its group."""
+
+_SUBMITTER = PodConfig(cpus=0.5, memory="512Mi")
+_CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+_POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "fsGroup": USER,
+    # Groups of large volumes are set once, and not file by file at every start.
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+_NCCL = {
+    # A collective that hangs is ended after compute.timeout_minutes, and what each rank did last is written down.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The object with which the job is deleted."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
+def manifest(job: Job, config: RunConfig, *, namespace: str, owner: Owner | None = None) -> dict[str, Any]:
+    """The RayJob.
+
+    Args:
+        config: of whoever launches it; ``job.config`` is what the job works by.
+
+    Raises:
+        ConfigError: no image is named.
+    """
+    cluster = config.cluster
+    metadata: dict[str, Any] = {
+        "name": job.name,
+        "namespace": namespace,
+        "labels": {**MANAGED_BY, STAGE_LABEL: job.stage.replace("_", "-"), **_kueue_labels(cluster)},
+        "annotations": {},
+    }
+    if owner is not None:
+        metadata["ownerReferences"] = [
+            {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid}
+        ]
+    spec = _spec(job, config)
+    metadata["annotations"][SPEC_HASH] = hash_of(spec)
+    return {"apiVersion": API_VERSION, "kind": "RayJob", "metadata": metadata, "spec": spec}
+
+
+def spec_hash(manifest: Mapping[str, Any]) -> str:
+    """What tells one content of a job from another; owner and heartbeat take no part."""
+    return str(manifest["metadata"]["annotations"][SPEC_HASH])
+
+
+def hash_of(spec: Mapping[str, Any]) -> str:
+    """The digest of a spec."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def num_pods(config: RunConfig) -> tuple[int, int]:
+    """The least and the greatest number of worker pods."""
+    workers, compute = config.cluster.workers, config.compute
+    per_pod = max(1, workers.gpus)
+    wanted = max(compute.workers, compute.data_workers if not workers.gpus else 1)
+    most = workers.pods or math.ceil(wanted / per_pod)
+    least = most if compute.min_workers is None else min(most, math.ceil(compute.min_workers / per_pod))
+    return least, most
+
+
+def _spec(job: Job, config: RunConfig) -> dict[str, Any]:
+    cluster = config.cluster
+    least, most = num_pods(config)
+    head = _pod(config, cluster.head, "ray-head", _environment(job, config))
+    if least < most:
+        # KubeRay gives the autoscaler beside the head an account of its own, if none is named.
+        del head["serviceAccountName"], head["automountServiceAccountToken"]
+    spec: dict[str, Any] = {
+        "entrypoint": job.entrypoint,
+        "submissionMode": "K8sJobMode",
+        "submitterPodTemplate": {"spec": _pod(config, _SUBMITTER, "ray-job-submitter", {}, mounts=False)},
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": round(cluster.deadline_hours * 3600),
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": cluster.keep_seconds,
+        "rayClusterSpec": {
+            "authOptions": {"mode": "token"},
+            "headGroupSpec": {
+                "serviceType": "ClusterIP",
+                # The driver runs here, and nothing else: it must outlive every worker.
+                "rayStartParams": {"num-cpus": "0", "num-gpus": "0"},
+                "template": {"spec": head},
+            },
+            "workerGroupSpecs": [
+                {
+                    "groupName": "workers",
+                    "replicas": most,
+                    "minReplicas": least,
+                    "maxReplicas": most,
+                    "rayStartParams": {},
+                    "template": {"spec": _worker_pod(job, config)},
+                }
+            ],
+        },
+    }
+    if least < most:
+        spec["rayClusterSpec"]["enableInTreeAutoscaling"] = True
+    if cluster.queue is not None:
+        spec["suspend"] = True  # until Kueue admits it
+    if job.environment:
+        spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": job.environment})
+    return spec
+
+
+def _kueue_labels(cluster: ClusterConfig) -> dict[str, str]:
+    if cluster.queue is None:
+        return {}
+    labels = {QUEUE_LABEL: cluster.queue}
+    return labels if cluster.priority is None else {**labels, PRIORITY_LABEL: cluster.priority}
+
+
+def _worker_pod(job: Job, config: RunConfig) -> dict[str, Any]:
+    workers = config.cluster.workers
+    environment = {**(_NCCL if workers.gpus else {}), **_environment(job, config)}
+    pod = _pod(config, workers, "ray-worker", environment)
+    container = pod["containers"][0]
+    if workers.gpus:
+        for kind in ("requests", "limits"):
+            container["resources"][kind][workers.gpu_resource] = str(workers.gpus)
+    if workers.gpu_type is not None:
+        pod["nodeSelector"] = {**pod.get("nodeSelector", {}), workers.gpu_label: workers.gpu_type}
+    if workers.shared_memory is not None:
+        pod["volumes"].append(
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": workers.shared_memory}}
+        )
+        container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108
+    if workers.spot:
+        # From the notice on, a training saves its state: it must not be cut off by the default of 30 seconds.
+        pod["terminationGracePeriodSeconds"] = workers.grace_seconds
+    return pod
+
+
+def _pod(
+    config: RunConfig, place: PodConfig, name: str, environment: Mapping[str, str], *, mounts: bool = True
+) -> dict[str, Any]:
+    """A pod of one container."""
+    cluster = config.cluster
+    volumes, paths = _volumes(cluster) if mounts else ([], [])
+    resources = {"cpu": _cpus(place.cpus), "memory": place.memory}
+    container: dict[str, Any] = {
+        "name": name,
+        "image": _image(config),
+        "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
+        "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "securityContext": _CONTAINER_SECURITY,
+        "volumeMounts": paths,
+    }
+    if mounts:
+        # A Secret that is not there is no error: a cluster's roles may stand in for logins.
+        container["envFrom"] = [{"secretRef": {"name": secret, "optional": True}} for secret in cluster.secrets]
+    pod: dict[str, Any] = {
+        "containers": [container],
+        "volumes": volumes,
+        "securityContext": _POD_SECURITY,
+        "serviceAccountName": cluster.service_account,
+        # Ray's pods ask nothing of Kubernetes; the autoscaler's sidecar gets its token from KubeRay's own account.
+        "automountServiceAccountToken": False,
+    }
+    if name == "ray-job-submitter":
+        pod["restartPolicy"] = "Never"
+    if place.node_selector:
+        pod["nodeSelector"] = dict(place.node_selector)
+    if place.tolerations:
+        pod["tolerations"] = [dict(toleration) for toleration in place.tolerations]
+    if cluster.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in cluster.image_pull_secrets]
+    if cluster.priority is not None:
+        pod["priorityClassName"] = cluster.priority
+    return pod
+
+
+def _volumes(cluster: ClusterConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Volumes, and where a container mounts them: the claims, and a cache, lost with the pod where it has no claim."""
+    volumes: list[dict[str, Any]] = []
+    mounts: list[dict[str, Any]] = []
+    for index, (path, claim) in enumerate(sorted(cluster.volumes.items())):
+        volumes.append({"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"claim-{index}", "mountPath": path})
+    cache: dict[str, Any] = {"emptyDir": {}}
+    if cluster.model_cache is not None:
+        cache = {"persistentVolumeClaim": {"claimName": cluster.model_cache}}
+    volumes.append({"name": "cache", **cache})
+    mounts.append({"name": "cache", "mountPath": CACHE_PATH})
+    return volumes, mounts
+
+
+def _environment(job: Job, config: RunConfig) -> dict[str, str]:
+    """Plain settings; the config's own come last."""
+    ours = {"DPO_CACHE": f"{CACHE_PATH}/store", "HF_HOME": f"{CACHE_PATH}/huggingface", "PYTHONUNBUFFERED": "1"}
+    return {**ours, **job.environment, **config.cluster.environment}
+
+
+def _image(config: RunConfig) -> str:
+    image = config.cluster.image or config.kubeflow.image
+    if image is None:
+        raise ConfigError(
+            "cluster.launcher=rayjob needs an image that holds dpo", fix="set cluster.image, best with its digest"
+        )
+    return image
+
+
+def _cpus(cores: float) -> str:
+    """As Kubernetes writes it: whole cores, or thousandths."""
+    return str(int(cores)) if cores == int(cores) else f"{round(cores * 1000)}m"
