@@ -48,7 +48,8 @@ def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
     if workers < compute.workers:
         job.reporter.message(f"{workers} workers, because there are {gpus} GPUs")
     # More workers than cores share them; asking for whole ones, they would wait for ever.
-    cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / workers) * CPU_SHARE
+    least = compute.min_workers if elastic and compute.min_workers is not None else workers
+    cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / least) * CPU_SHARE
     cpus = math.floor(cpus * 1000) / 1000  # Ray counts in thousandths
     _drop_note(job)
     relay = open_relay(ray)
@@ -62,7 +63,7 @@ def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
                 backend="nccl" if use_gpu else "gloo", timeout_s=round(compute.timeout_minutes * 60)
             ),
             scaling_config=ScalingConfig(
-                num_workers=(compute.min_workers, workers) if elastic else workers,
+                num_workers=(least, workers) if elastic else workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)},
             ),
