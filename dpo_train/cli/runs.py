@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -28,6 +29,8 @@ REPRODUCE_HELP = "print, or run, the exact command that made a run, from what ML
 
 _COLUMNS = ("name", "status", "age", "accuracy", "beta", "KL", "version", "run id")
 _KINDS = ("pipeline", "stage", "trial", "all")
+NEVER = 2**31
+"""Steps between two looks at the validation pairs in a trial of which only the end counts."""
 
 
 def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,16 +104,14 @@ def reproduce(arguments: argparse.Namespace) -> int:
     with patience():
         found = Runs(uri)
         row = top = found.get(arguments.run)
-        while top.parent is not None:
+        # Above a run that a Kubeflow plugin has opened may stand one of its own, which holds nothing of ours.
+        while top.kind != "pipeline" and top.parent is not None:
             top = found.get(top.parent)
         content = found.config(top.run_id)
         command = _command(found, row)
-    # What stands there may be blotted out, or another name of this very server.
-    content["tracking"]["uri"] = uri
+    notes = [*_differences(top.tags), *_put_address(content, uri)]
     if row.kind == "trial":
-        # Its own settings are in the command; nothing is to be swept again.
-        content["train"]["max_steps"] = content["sweep"]["max_steps"] or content["train"]["max_steps"]
-        del content["sweep"]
+        _as_trial(content)
     file = arguments.output or Path(f"{row.run_id}.yaml")
     try:
         file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -118,7 +119,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         raise StoreError(f"{file} cannot be written: {error.strerror}", fix="name another with --output") from None
     load_config(file, [])
     words = [command[0], str(file), *command[1:]]
-    for line in _differences(top.tags):
+    for line in notes:
         print(f"note: {line}", file=sys.stderr)
     print(shlex.join(["dpo", *words]), flush=True)
     if not arguments.execute:
@@ -126,6 +127,45 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from dpo_train.cli import main
 
     return main(words)
+
+
+def _put_address(content: dict[str, Any], uri: str) -> Iterator[str]:
+    """Makes the config's MLflow the one that was asked: what stands there may be another name of that very server.
+
+    Yields:
+        what a person has to give, because it is written nowhere.
+    """
+    from dpo_train.tracking import redacted
+    from dpo_train.tracking.client import URI
+
+    if redacted(uri) == uri:
+        content["tracking"]["uri"] = uri
+    else:
+        # A file lives longer than a password should. The command below, in this process, finds it here.
+        content["tracking"]["uri"] = None
+        os.environ[URI] = uri
+        yield f"the address of MLflow holds a password and is not in the file: set {URI} to it"
+    for key, text in _texts(content):
+        if "***" in text and "://" in text:
+            yield f"{key} was recorded without its password: {text}"
+
+
+def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text below a config's tree, by its dotted name."""
+    if isinstance(tree, str):
+        yield name, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from _texts(value, f"{name}.{key}" if name else str(key))
+
+
+def _as_trial(content: dict[str, Any]) -> None:
+    """Makes the training of a pipeline's config that of a trial, as ``stages/sweep_run.py`` has it; what was varied is
+    in the command, and nothing is to be swept again."""
+    sweep, train = content.pop("sweep"), content["train"]
+    if sweep.get("use", "settings") == "settings":
+        train |= {"max_steps": sweep["max_steps"] or train["max_steps"], "evaluate_steps": NEVER}
+        train |= {"keep": "last", "patience": None, "best_metric": "loss"}
 
 
 def _uri(where: str) -> str:
@@ -175,6 +215,8 @@ def _send(config: RunConfig) -> int:
 
 
 def _tree(found: Runs, row: Row, depth: int = 0) -> Sequence[tuple[int, Row]]:
+    if row.kind == "trial":  # nothing lies below, and there may be hundreds
+        return [(depth, row)]
     below = [one for child in found.children(row.run_id) for one in _tree(found, child, depth + 1)]
     return [(depth, row), *below]
 

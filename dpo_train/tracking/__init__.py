@@ -7,7 +7,8 @@ launched the stage follows them, so that curves move while it trains, and comple
 stage tells is on disk before it is sent: where MLflow is away, it waits there.
 
 client: address, time-outs, errors;  experiment: requests that raise;  journal, run_log: written down first, sent then
-stage: a stage within its run;  following, machine: the thread beside it;  search: runs as rows;  wording: descriptions
+left_behind: what the next stage sends for one that is gone;  stage, trials: a stage within its run
+following, machine: the thread beside it;  search: runs as rows;  wording: descriptions
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dpo_train.tracking.client import (
 from dpo_train.tracking.client import connect as _client
 from dpo_train.tracking.experiment import CONFIG_FILE, FILES, Data, Tracking, flatten
 from dpo_train.tracking.following import TRAININGS, following
-from dpo_train.tracking.run_log import RunLog, send_left_behind
+from dpo_train.tracking.left_behind import send_left_behind
+from dpo_train.tracking.run_log import RunLog
 
 __all__ = [
     "CONFIG_FILE",

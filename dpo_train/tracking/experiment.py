@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -20,33 +20,41 @@ from dpo_train.tracking import wording
 from dpo_train.tracking.client import (
     PLUGIN_EXPERIMENT,
     PLUGIN_RUN,
+    AwayError,
+    Point,
     TrackingError,
     connect,
+    create_run,
     log_points,
     mlflow_errors,
     patience,
     redacted,
+    redacted_addresses,
     tracking_uri,
 )
 
-_BATCH = 1000  # MLflow's limit of metrics in one request
+BATCH = 1000
+"""MLflow's limit of metrics in one request."""
 _PARAMETERS = 100  # and of parameters
 _PARAMETER_LENGTH = 6000  # and of a parameter's text
 
 _TRAINING = "custom_model_development"
 """Without it MLflow's pages show an experiment as one about prompts and traces."""
 
+_CREATIONS = 3
+"""How often a run's creation is tried."""
+
 CONFIG_FILE = "config.json"
+ERROR_TAG = "dpo.error"
 ATTACHED_TAG = "dpo.attached"
 """Of a run that somebody else, such as a Kubeflow plugin, has opened and will end."""
+JOURNAL_TAG = "dpo.journal"
+"""Tells a run from all others, so that one whose creation was not answered is found and not made again."""
 
 FILES = ("report.html", "report.json", "trials.json", "frontier.html", "frontier.png", "rejections.jsonl")
 """Small files of an output that people want to see beside the run."""
 MOST_BYTES = 32 << 20
 """A larger one stays in the store: a list of a million rejections is not for a browser."""
-
-Point = tuple[str, float, int, int]
-"""Name, value, milliseconds since 1970, step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +87,25 @@ class Tracking:
         milliseconds: int | None = None,
     ) -> str:
         """Creates a run and returns its id."""
+        all_tags = {"mlflow.runName": name, **self._common_tags(), JOURNAL_TAG: uuid.uuid4().hex, **(tags or {})}
+        if parent:
+            all_tags["mlflow.parentRunId"] = parent
+        start = _now() if milliseconds is None else milliseconds
         with self.errors():
-            all_tags = {"mlflow.runName": name, **self._common_tags(), **(tags or {})}
-            if parent:
-                all_tags["mlflow.parentRunId"] = parent
-            run = self.client.create_run(self.experiment_id(), start_time=milliseconds, tags=all_tags, run_name=name)
-        return str(run.info.run_id)
+            experiment = self.experiment_id()
+            for left in reversed(range(_CREATIONS)):
+                try:
+                    return self._create_run(experiment, name, all_tags, start)
+                except AwayError:
+                    if not left:
+                        raise
+                    if found := self.find_child(parent, JOURNAL_TAG, all_tags[JOURNAL_TAG]):
+                        return found
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _create_run(self, experiment: str, name: str, tags: Mapping[str, str], milliseconds: int) -> str:
+        with self.errors():
+            return create_run(self.client, experiment, name, tags, milliseconds)
 
     def start_pipeline(self, name: str, *, kubeflow_run: str | None = None) -> str:
         """The parent run, with the whole config as parameters and as an artifact.
@@ -94,35 +115,31 @@ class Tracking:
         tags = {"dpo.kind": "pipeline", "mlflow.note.content": wording.PIPELINE}
         if kubeflow_run:
             tags["dpo.kubeflow_run"] = kubeflow_run
-        if run_id := os.environ.get(PLUGIN_RUN):
-            self.set_tags(run_id, {**self._common_tags(), **tags, ATTACHED_TAG: "true"})
-        else:
-            run_id = self.start_run(name, tags=tags)
-        self.log_config(run_id)
+        with patience():
+            if run_id := os.environ.get(PLUGIN_RUN):
+                self.set_tags(run_id, {**self._common_tags(), **tags, ATTACHED_TAG: "true"})
+            else:
+                run_id = self.start_run(name, tags=tags)
+            self.log_config(run_id)
         return run_id
 
     def log_config(self, run_id: str) -> None:
         """The whole config as parameters and as the file that ``dpo reproduce`` reads."""
-        config = to_dict(self._config)
-        config["tracking"]["uri"] = redacted(self.uri)
-        self.log_parameters(run_id, flatten(config))
-        with self.errors():
+        config = redacted_addresses(to_dict(self._config))
+        config["tracking"]["uri"] = self.uri_shown
+        with patience(), self.errors():
+            self.log_parameters(run_id, flatten(config))
             self.client.log_dict(run_id, config, CONFIG_FILE)
 
-    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
-        """Points of curves. Sent again, the same point is stored once."""
-        from mlflow.entities import Metric
+    def log_points(self, run_id: str, points: Sequence[Point], *, quick: bool = False) -> None:
+        """Points of curves. Sent again, the same point is stored once.
 
-        metrics = [Metric(*point) for point in points if math.isfinite(point[1])]
+        Args:
+            quick: a request that is not answered soon is given up.
+        """
         with self.errors():
-            for start in range(0, len(metrics), _BATCH):
-                log_points(self.client, run_id, metrics[start : start + _BATCH])
-
-    def log_history(self, run_id: str, history: Iterable[Mapping[str, float]], logged: set[int]) -> None:
-        """Logs the steps that are not in ``logged`` yet."""
-        missing = [line for line in history if int(line["step"]) not in logged]
-        self.log_points(run_id, step_points(missing, int(time.time() * 1000)))
-        logged.update(int(line["step"]) for line in missing)
+            for start in range(0, len(points), BATCH):
+                log_points(self.client, run_id, points[start : start + BATCH], quick=quick)
 
     def log_artifact(
         self, run_id: str, artifact: Artifact, history: Sequence[Mapping[str, float]] = (), *, at: int | None = None
@@ -136,7 +153,7 @@ class Tracking:
         # Metrics of the last training step are in the history already.
         skip = history[-1].keys() if history else {}
         numbers = {**{f"count/{name}": n for name, n in record.counts.items()}, **record.metrics}
-        now = int(time.time() * 1000) if at is None else at
+        now = _now() if at is None else at
         self.log_points(run_id, [(name, value, now, 0) for name, value in numbers.items() if name not in skip])
         self.set_tags(
             run_id,
@@ -150,9 +167,9 @@ class Tracking:
                 **{f"dpo.input.{name}": digest for name, digest in record.inputs.items()},
             },
         )
-        self.log_parameters(run_id, flatten(record.config))
+        self.log_parameters(run_id, flatten(redacted_addresses(record.config)))
         with self.errors():
-            self.client.log_dict(run_id, asdict(record), RECORD_FILE)
+            self.client.log_dict(run_id, redacted_addresses(asdict(record)), RECORD_FILE)
             for name in FILES:
                 if record.files.get(name, MOST_BYTES) < MOST_BYTES:
                     self.client.log_artifact(run_id, str(artifact.file(name)))
@@ -199,12 +216,29 @@ class Tracking:
             self.client.log_batch(run_id, tags=[RunTag(key, value[:4000]) for key, value in tags.items()])
 
     def end(self, run_id: str, status: str, error: str | None = None, *, milliseconds: int | None = None) -> None:
-        """FINISHED, FAILED or KILLED, with the reason as a tag. A run that somebody else opened is theirs to end."""
-        with self.errors():
+        """FINISHED, FAILED or KILLED, with the reason as a tag. A run that somebody else opened is theirs to end.
+
+        What is told late does not undo a later end.
+        """
+        with patience(), self.errors():
+            run = self.client.get_run(run_id)
+            if None not in (milliseconds, run.info.end_time) and run.info.end_time > milliseconds:
+                return
             if error is not None:
-                self.client.set_tag(run_id, "dpo.error", error[:4000])
-            if ATTACHED_TAG not in self.client.get_run(run_id).data.tags:
+                self.client.set_tag(run_id, ERROR_TAG, redacted(error)[:4000])
+            elif ERROR_TAG in run.data.tags:  # of an attempt before this one
+                self.client.delete_tag(run_id, ERROR_TAG)
+            if ATTACHED_TAG not in run.data.tags:
                 self.client.set_terminated(run_id, status, end_time=milliseconds)
+
+    def end_lost(self, parent: str, stage: str, run_id: str) -> None:
+        """Ends the runs of earlier attempts at this stage that are still open: whoever made them cannot any more."""
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`dpo.stage` = '{stage}'"
+        with self.errors():
+            found = self.client.search_runs([self.experiment_id()], f"{wanted} and attributes.status = 'RUNNING'")
+        for run in found:
+            if run.info.run_id != run_id:
+                self.end(run.info.run_id, "KILLED", f"another attempt, the run {run_id}, took its place")
 
     def errors(self) -> AbstractContextManager[None]:
         """Turns MLflow's own failures inside into TrackingErrors."""
@@ -214,14 +248,18 @@ class Tracking:
         """Asks the server once whether the experiment can be used.
 
         Raises:
-            TrackingError: it cannot be reached, or the experiment was deleted.
+            TrackingError: it cannot be reached, or the experiment, or the run that a plugin has opened, was deleted.
         """
         with patience(), self.errors():
-            self.experiment_id()
+            run_id = os.environ.get(PLUGIN_RUN)
+            if run_id is None:
+                self.experiment_id()
+            elif self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+                raise TrackingError(f"The MLflow run {run_id} was deleted", fix=f"restore it, or unset {PLUGIN_RUN}")
 
     def is_running(self, run_id: str) -> bool:
         """Whether nobody has ended the run."""
-        with self.errors():
+        with patience(), self.errors():
             return str(self.client.get_run(run_id).info.status) == "RUNNING"
 
     def find_child(self, parent: str | None, tag: str, value: str) -> str | None:
@@ -247,20 +285,28 @@ class Tracking:
         Raises:
             TrackingError: it was deleted.
         """
-        if os.environ.get(PLUGIN_RUN) and (plugin := os.environ.get(PLUGIN_EXPERIMENT)):
-            return plugin
+        if plugin := os.environ.get(PLUGIN_RUN):
+            return os.environ.get(PLUGIN_EXPERIMENT) or str(self.client.get_run(plugin).info.experiment_id)
         name = self._config.tracking.experiment
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            made = self.client.create_experiment(
-                name, artifact_location=self._artifact_location(), tags={"mlflow.experimentKind": _TRAINING}
-            )
-            return str(made)
+        found = self.client.get_experiment_by_name(name) or self._new_experiment(name)
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"The MLflow experiment {name!r} was deleted", fix="restore it, or set another tracking.experiment"
             )
         return str(found.experiment_id)
+
+    def _new_experiment(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_experiment(
+                name, artifact_location=self._artifact_location(), tags={"mlflow.experimentKind": _TRAINING}
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            # Another first run was quicker, or the answer to our own request was lost.
+        return self.client.get_experiment_by_name(name)
 
     def _artifact_location(self) -> str | None:
         """A server knows itself where its files go; beside a SQLite file they lie in a folder."""
@@ -279,6 +325,10 @@ def step_points(history: Iterable[Mapping[str, float]], milliseconds: int) -> li
         for name, value in line.items()
         if name != "step"
     ]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _source_type(place: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dpo_train.progress import Follower
 from dpo_train.tracking.experiment import step_points
@@ -26,7 +27,7 @@ def following(run: RunLog, events: Path, stage: str) -> Iterator[set[int]]:
     logged: set[int] = set()
     stop = threading.Event()
     follower = Follower(events)
-    follower.new()  # what is there already belongs to earlier stages
+    _new_events(follower)  # what is there already belongs to earlier stages
     machine = Machine()
 
     def follow() -> None:
@@ -41,7 +42,7 @@ def following(run: RunLog, events: Path, stage: str) -> Iterator[set[int]]:
                 samples += 1
             if finished:
                 return  # whoever ends the stage sends the rest
-            run.send_points()
+            run.send_points(is_over=stop.is_set)
 
     thread = _Thread(follow)
     thread.start()
@@ -56,12 +57,20 @@ def following(run: RunLog, events: Path, stage: str) -> Iterator[set[int]]:
 def _note_steps(run: RunLog, follower: Follower, stage: str, logged: set[int]) -> None:
     if stage not in TRAININGS:
         return
-    for event in follower.new():
+    for event in _new_events(follower):
         if event["stage"] != stage or event.get("unit") != "steps" or event["done"] - 1 in logged:
             continue
         step = event["done"] - 1
         run.points(step_points([{"step": step, **event["metrics"]}], int(event["time"] * 1000)))
         logged.add(step)
+
+
+def _new_events(follower: Follower) -> list[dict[str, Any]]:
+    """None of a block with a line that is damaged: its steps come from ``metrics.jsonl`` when the stage ends."""
+    try:
+        return follower.new()
+    except ValueError:
+        return []
 
 
 class _Thread(threading.Thread):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_train.disk import disk_errors, is_locked, lock_path, locked, write_atomically
+from dpo_train.errors import StoreError
 
 FOLDER = "unsent"
 POINTS = "points"
@@ -31,21 +32,27 @@ Mark = tuple[int, int]
 
 
 class Journal:
-    """One run's file; its lock is held until ``close``. Threads may share it."""
+    """One run's file; its lock is held until ``close``. Threads may share it.
+
+    Raises:
+        StoreError: it cannot be written, or what is there is damaged.
+    """
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, most_bytes: int = MOST_BYTES) -> None:
         self.path, self.header, self._most_bytes = path, dict(header), most_bytes
         self._guard = threading.RLock()
         self._making = self._size = self._start = self._head = 0
-        self._lock = contextlib.ExitStack()
-        with disk_errors(path):
-            self._lock.enter_context(locked(path))
+        with disk_errors(path), contextlib.ExitStack() as stack:
+            stack.enter_context(locked(path))
             if path.is_file():
                 header_line, _, rest = path.read_bytes().partition(b"\n")
-                self.header = json.loads(header_line)
-                self._rewrite(rest[: rest.rfind(b"\n") + 1])  # the last line may be cut short
+                if (found := _decoded(header_line)) is None:
+                    raise StoreError(f"The journal {path} is damaged", fix="remove it: nothing of it can be sent")
+                self.header = found
+                self._rewrite(_undamaged(rest))
             else:
                 self._rewrite(b"")
+            self._lock = stack.pop_all()
 
     @classmethod
     def create(cls, folder: Path, header: Mapping[str, Any]) -> Journal:
@@ -136,7 +143,24 @@ def _first(stream: BinaryIO, most: int) -> Iterator[bytes]:
         yield line
 
 
-def left_behind(store: Path) -> list[Path]:
-    """Journals that no living process holds, the oldest first."""
-    found = [path for path in (store / FOLDER).glob("*.jsonl") if not is_locked(path)]
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _undamaged(lines: bytes) -> bytes:
+    """Without what a crash or a power cut has left half written: the last line, blocks of zeros."""
+    return b"".join(line for line in lines.splitlines(keepends=True) if line.endswith(b"\n") and _decoded(line))
+
+
+def left_behind(store: Path) -> list[tuple[Path, int]]:
+    """Journals that no living process holds, the oldest first, each with its last change in ms since 1970."""
+    found = []
+    for path in (store / FOLDER).glob("*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just sent it
+            if not is_locked(path):
+                found.append((path, path.stat().st_mtime_ns // 10**6))
+    return sorted(found, key=lambda each: (each[1], each[0].name))

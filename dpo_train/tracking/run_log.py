@@ -9,10 +9,12 @@ its journal and is sent by the next stage of this store, or by ``dpo runs CONFIG
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +22,15 @@ from typing import Any, cast
 from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.errors import DpoError, StoreError
 from dpo_train.metrics_file import METRICS_FILE, read_history
-from dpo_train.tracking.client import AwayError, TrackingError, patience
-from dpo_train.tracking.experiment import Data, Point, Tracking, step_points
-from dpo_train.tracking.journal import POINTS, Journal, left_behind
+from dpo_train.storage import StorageUnavailableError
+from dpo_train.tracking import wording
+from dpo_train.tracking.client import AwayError, Point, RefusedError, TrackingError, patience
+from dpo_train.tracking.experiment import BATCH, JOURNAL_TAG, Data, Tracking, step_points
+from dpo_train.tracking.journal import POINTS, Journal, Mark
 
-JOURNAL_TAG = "dpo.journal"
 TRIAL_TAG = "dpo.trial"
+CLOSE_SECONDS = 120.0
+"""How long a stage that has ended waits for a slow server to take the rest. What is left goes out later."""
 
 
 class RunLog:
@@ -117,30 +122,40 @@ class RunLog:
         *,
         parameters: Mapping[str, str],
         metrics: Mapping[str, float],
-        history: Sequence[Mapping[str, float]] = (),
+        curve: tuple[str, str] | None = None,
+        span: tuple[int, int] | None = None,
         tags: Mapping[str, str] | None = None,
         failure: str | None = None,
     ) -> None:
-        """A finished, stopped or failed trial of a sweep, as a run of its own below this one."""
-        now = _now()
-        points = [*step_points(history, now), *((name, value, now, 0) for name, value in metrics.items())]
+        """A finished, stopped or failed trial of a sweep, as a run of its own below this one.
+
+        Args:
+            curve: an output and the file in it that holds the trial's steps; they are sent from where they lie.
+            span: when it began and ended, in milliseconds since 1970; None: not known.
+        """
+        began, ended = span or (_now(),) * 2
         self._tell(
             "trial",
             name=name,
             parameters=dict(parameters),
-            points=points,
+            metrics=dict(metrics),
+            curve=curve,
             tags=dict(tags or {}),
             failure=failure,
-            milliseconds=now,
+            span=(began, ended),
         )
 
     def end(self, status: str, error: BaseException | None = None) -> None:
         """FINISHED, FAILED or KILLED, with the reason."""
         text = None if error is None else f"{type(error).__name__}: {error}"
         self._tell("end", status=status, error=text, milliseconds=_now())
+        self._journal.update(ended=True)
 
-    def send_points(self) -> bool:
+    def send_points(self, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Sends what waits at the head of the journal if it is points, soon given up; for the thread beside a stage.
+
+        Args:
+            is_over: asked before each request; whoever ends the stage sends the rest.
 
         Returns:
             whether nothing waits any more.
@@ -150,47 +165,105 @@ class RunLog:
                 if self.run_id is None:
                     with patience():
                         self._create()
-                while batch := self._journal.waiting():
-                    if any(operation["op"] != POINTS for operation, _ in batch):
+                while batch := self._next():
+                    if is_over() or batch[0][0]["op"] != POINTS:
                         return False
-                    points = [point for operation, _ in batch for point in operation["points"]]
-                    self._tracking.log_points(cast(str, self.run_id), points)
-                    self._journal.sent(batch[-1][1])
+                    self._send_points(batch, quick=True)
             except TrackingError as error:
                 self.problem = error
                 return False
         self.problem = None
         return True
 
-    def send(self) -> bool:
-        """Sends everything that waits, in order; returns whether that went well, and otherwise keeps the rest."""
+    def send(self, *, seconds: float = math.inf) -> bool:
+        """Sends everything that waits, in order; returns whether that went well, and otherwise keeps the rest.
+
+        What MLflow will never take, or is not there any more, is left out: ``refused`` says so.
+
+        Args:
+            seconds: after which nothing more is begun.
+        """
+        deadline = time.monotonic() + seconds
         try:
             with self._sending, patience():
                 self._create()
-                while batch := self._journal.waiting():
-                    for operation, mark in batch:
-                        self._deliver(operation)
-                        self._journal.sent(mark)
-                if dropped := self._journal.dropped:
-                    self._tracking.set_tags(cast(str, self.run_id), {"dpo.dropped_points": str(dropped)})
-        except (TrackingError, StoreError) as error:
+                while batch := self._next():
+                    if time.monotonic() > deadline:
+                        raise AwayError(f"MLflow was too slow to take everything within {seconds:.0f} s")
+                    self._send_batch(batch)
+                self._tell_losses()
+        except (TrackingError, StoreError, StorageUnavailableError) as error:
             self.problem = error
             return False
         self.problem = None
         return True
 
+    @property
+    def refused(self) -> list[str]:
+        """What was left out, and why; the first few of it."""
+        return list(self._journal.header.get("refused", ()))
+
     def close(self) -> str | None:
-        """Sends the rest; returns None, or where it waits and what to do."""
-        arrived = self.send()
-        dropped = self._journal.dropped
+        """Sends the rest; returns None, or what a person should know: what waits and where, or what was left out."""
+        arrived = self.send(seconds=CLOSE_SECONDS)
+        name, dropped = self._journal.header["name"], self._journal.dropped
         self._journal.close(remove=arrived)
-        if arrived:
-            return f"{dropped} points of {self._journal.header['name']} were dropped: {_FULL}" if dropped else None
-        more = f"; {dropped} points were dropped: {_FULL}" if dropped else ""
-        return (
-            f"MLflow has not got all of the run {self._journal.header['name']!r} ({self.problem}) The rest waits in "
-            f"{self._journal.path} and goes out with the next stage, or by `dpo runs CONFIG --send`{more}"
-        )
+        notes = []
+        if not arrived:
+            notes.append(
+                f"MLflow has not got all of the run {name!r} ({self.problem}) The rest waits in {self._journal.path} "
+                "and goes out with the next stage, or by `dpo runs CONFIG --send`"
+            )
+        if dropped:
+            notes.append(f"{dropped} points of {name} were dropped: {_FULL}")
+        notes += [f"MLflow did not take all of the run {name!r}: {reason}" for reason in self.refused]
+        return "; ".join(notes) or None
+
+    def _next(self) -> list[tuple[dict[str, Any], Mark]]:
+        """Points that go into one request, or one operation of another kind; empty: nothing waits."""
+        found: list[tuple[dict[str, Any], Mark]] = []
+        room = BATCH
+        for operation, mark in self._journal.waiting():
+            room -= len(operation.get("points", ()))
+            if found and (operation["op"] != POINTS or room < 0):
+                break
+            found.append((operation, mark))
+            if operation["op"] != POINTS:
+                break
+        return found
+
+    def _send_points(self, batch: Sequence[tuple[Mapping[str, Any], Mark]], *, quick: bool) -> None:
+        points = [point for operation, _ in batch for point in operation["points"]]
+        self._tracking.log_points(cast(str, self.run_id), points, quick=quick)
+        self._journal.sent(batch[-1][1])
+
+    def _send_batch(self, batch: Sequence[tuple[Mapping[str, Any], Mark]]) -> None:
+        try:
+            if batch[0][0]["op"] == POINTS:
+                self._send_points(batch, quick=False)
+            else:
+                self._deliver(batch[0][0])
+                self._journal.sent(batch[0][1])
+        except (RefusedError, StoreError) as error:
+            if len(batch) == 1:
+                self._leave_out(batch[0], error)
+                return
+            for each in batch:  # one bad line must not take its neighbours with it
+                self._send_batch([each])
+
+    def _leave_out(self, one: tuple[Mapping[str, Any], Mark], error: DpoError) -> None:
+        self._journal.sent(one[1])
+        reasons, reason = self.refused, f"{one[0]['op']}: {error}"
+        if reason not in reasons and len(reasons) < _MOST_REASONS:
+            self._journal.update(refused=[*reasons, reason])
+
+    def _tell_losses(self) -> None:
+        """As tags of the run, so that whoever looks at its curves knows what they lack."""
+        tags = {"dpo.dropped_points": str(dropped)} if (dropped := self._journal.dropped) else {}
+        tags |= {"dpo.refused": "; ".join(reasons)} if (reasons := self.refused) else {}
+        if tags:
+            with contextlib.suppress(RefusedError):  # of a run that was deleted
+                self._tracking.set_tags(cast(str, self.run_id), tags)
 
     def _tell(self, op: str, **fields: Any) -> None:
         # Points are written down once more, in the output's own metrics.jsonl; all else is only here.
@@ -211,8 +284,6 @@ class RunLog:
     def _deliver(self, operation: Mapping[str, Any]) -> None:
         run_id, tracking = cast(str, self.run_id), self._tracking
         match operation["op"]:
-            case "points":
-                tracking.log_points(run_id, operation["points"])
             case "output":
                 artifact = open_artifact(operation["home"])
                 known = METRICS_FILE in artifact.record.files
@@ -228,48 +299,30 @@ class RunLog:
             case "trial":
                 self._deliver_trial(run_id, operation)
             case "end":
+                if operation.get("if_running") and not tracking.is_running(run_id):
+                    return
                 tracking.end(run_id, operation["status"], operation["error"], milliseconds=operation["milliseconds"])
 
     def _deliver_trial(self, run_id: str, trial: Mapping[str, Any]) -> None:
-        from dpo_train.tracking.wording import TRIAL
-
-        tracking, name, at = self._tracking, trial["name"], trial["milliseconds"]
+        tracking, name = self._tracking, trial["name"]
+        began, ended = trial["span"]
         made = tracking.find_child(run_id, TRIAL_TAG, name)
         if made is None:
-            tags = {"dpo.kind": "trial", TRIAL_TAG: name, "mlflow.note.content": TRIAL, **trial["tags"]}
-            made = tracking.start_run(name, parent=run_id, tags=tags, milliseconds=at)
+            tags = {"dpo.kind": "trial", TRIAL_TAG: name, "mlflow.note.content": wording.TRIAL, **trial["tags"]}
+            made = tracking.start_run(name, parent=run_id, tags=tags, milliseconds=began)
         tracking.log_parameters(made, trial["parameters"])
-        tracking.log_points(made, trial["points"])
-        tracking.end(made, "FAILED" if trial["failure"] else "FINISHED", trial["failure"], milliseconds=at)
+        points: list[Point] = [(key, value, ended, 0) for key, value in trial["metrics"].items()]
+        if trial["curve"] is not None:
+            home, file = trial["curve"]
+            history = read_history(open_artifact(home).file(file))
+            for number, line in enumerate(history, start=1):
+                points += step_points([line], began + (ended - began) * number // len(history))
+        tracking.log_points(made, points)
+        tracking.end(made, "FAILED" if trial["failure"] else "FINISHED", trial["failure"], milliseconds=ended)
 
 
+_MOST_REASONS = 3
 _FULL = "the journal was full. The output's metrics.jsonl has every step"
-
-
-def send_left_behind(tracking: Tracking, store: Path) -> list[tuple[str, DpoError | None]]:
-    """Sends what earlier stages of this store could not, the oldest first.
-
-    Returns:
-        by run name what is in the way; None where everything has arrived.
-    """
-    found: list[tuple[str, DpoError | None]] = []
-    for path in left_behind(store):
-        journal = Journal(path, {})
-        if not journal.header:  # another process has sent it in this very moment
-            journal.close(remove=True)
-            continue
-        run = RunLog(tracking, journal)
-        if journal.header["uri"] != tracking.uri_shown:
-            problem: DpoError | None = TrackingError(
-                f"It belongs to MLflow at {journal.header['uri']}", fix="set tracking.uri to that"
-            )
-        else:
-            problem = None if run.send() else run.problem
-        found.append((str(journal.header["name"]), problem))
-        journal.close(remove=problem is None)
-        if isinstance(problem, AwayError):
-            break
-    return found
 
 
 def _now() -> int:

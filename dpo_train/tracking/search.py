@@ -16,6 +16,9 @@ from dpo_train.tracking.experiment import CONFIG_FILE
 
 PARENT_TAG = "mlflow.parentRunId"
 
+_NAME = re.compile(r"\b(metrics?|param(?:eter)?s?|tags?)\.([\w./:-]+)")
+"""All the words that MLflow knows for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -120,18 +123,18 @@ class Runs:
 def _row(run: Any) -> Row:
     info, tags, metrics = run.info, run.data.tags, run.data.metrics
     accuracy = next((name for name in ("heldout/accuracy", "validation/accuracy") if name in metrics), "")
-    beta = tags.get("dpo.beta") or run.data.params.get("train.beta") or run.data.params.get("beta")
+    betas = (tags.get("dpo.beta"), run.data.params.get("train.beta"), run.data.params.get("beta"))
     return Row(
         run_id=info.run_id,
         parent=tags.get(PARENT_TAG),
         kind=tags.get("dpo.kind", ""),
-        name=info.run_name,
+        name=info.run_name or "",
         status=info.status,
         started=info.start_time,
         accuracy=metrics.get(accuracy),
         accuracy_low=metrics.get(f"{accuracy}_low"),
         accuracy_high=metrics.get(f"{accuracy}_high"),
-        beta=float(beta) if beta else None,
+        beta=next((beta for text in betas if text and (beta := _number(text)) is not None), None),
         kl=metrics.get("samples/kl"),
         version=tags.get("dpo.version"),
         error=tags.get("dpo.error"),
@@ -139,9 +142,17 @@ def _row(run: Any) -> Row:
     )
 
 
+def _number(text: str) -> float | None:
+    """Runs of others in the experiment may call anything by our names."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def quoted(text: str) -> str:
     """MLflow's filter language with its names in the quotation marks that a slash or a dot in them needs."""
     parts = text.split("'")
     # Every other part is text between quotation marks.
-    parts[::2] = [re.sub(r"\b(metrics|params|tags)\.([\w./:-]+)", r"\1.`\2`", part) for part in parts[::2]]
+    parts[::2] = [_NAME.sub(r"\1.`\2`", part) for part in parts[::2]]
     return "'".join(parts)

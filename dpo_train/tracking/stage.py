@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_train.artifacts import Artifact, local_copy
 from dpo_train.config import RunConfig
@@ -17,11 +16,12 @@ from dpo_train.errors import DpoError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.tracking import wording
+from dpo_train.tracking.client import TrackingError, patience
 from dpo_train.tracking.experiment import Data, Tracking
 from dpo_train.tracking.following import following
-from dpo_train.tracking.run_log import RunLog, send_left_behind
-
-TRIALS_FILE = "trials.json"
+from dpo_train.tracking.left_behind import send_left_behind
+from dpo_train.tracking.run_log import CLOSE_SECONDS, RunLog
+from dpo_train.tracking.trials import tell_trials
 
 _HEADLINES = ("heldout/", "samples/kl", "samples/length_ratio", "judge/")
 """What of an evaluation is a metric of the pipeline's run too, so that pipelines can be compared in a table."""
@@ -47,18 +47,19 @@ def tracked(config: RunConfig, tracking: Tracking, stage: str, parent: str | Non
     store, reporter = local_copy(config.store), Reporter(str(events), stage)
     note = {"mlflow.note.content": wording.STAGES[stage]}
     run = RunLog.start(tracking, store, stage, parent=parent, tags={"dpo.kind": "stage", "dpo.stage": stage, **note})
-    if run.problem is None:
-        _send_left_behind(tracking, store, reporter)
-        if parent is None and run.run_id is not None:
-            tracking.log_config(run.run_id)
     body = StageRun(run_id=run.run_id)
     try:
-        with following(run, events, stage) as logged:
-            yield body
-        artifact = body.artifact
-        assert artifact is not None, f"{stage} left no artifact"
-        _tell_output(config, run, artifact, logged)
-        run.end("FINISHED")
+        with _termination_as_interrupt():
+            if parent is None and run.run_id is not None:
+                tracking.log_config(run.run_id)
+            if run.problem is None:
+                _clear_up(tracking, store, reporter, stage, parent, run.run_id)
+            with following(run, events, stage) as logged:
+                yield body
+            artifact = body.artifact
+            assert artifact is not None, f"{stage} left no artifact"
+            _tell_output(config, run, artifact, logged, events)
+            run.end("FINISHED")
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         try:
@@ -75,25 +76,53 @@ def tracked(config: RunConfig, tracking: Tracking, stage: str, parent: str | Non
         _close(log, reporter)
 
 
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM, by which Kubernetes ends a task, raises as Ctrl-C does: else nobody could say that the run has ended.
+
+    Where somebody listens to it already, such as Ray or the command line, it is theirs.
+    """
+    is_free = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if is_free:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if is_free and signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _clear_up(
+    tracking: Tracking, store: Path, reporter: Reporter, stage: str, parent: str | None, run_id: str | None
+) -> None:
+    """What earlier stages could not say: what they have left unsent here, and that they are no more."""
+    for name, problem in send_left_behind(tracking, store, seconds=CLOSE_SECONDS):
+        reporter.message(f"sent to MLflow what the run {name!r} had not" if problem is None else f"note: {problem}")
+    if parent is None or run_id is None:
+        return
+    try:
+        with patience():
+            tracking.end_lost(parent, stage, run_id)
+    except TrackingError as error:
+        reporter.message(f"note: {error}")
+
+
 def _close(run: RunLog, reporter: Reporter) -> None:
     if note := run.close():
         print(note)
         reporter.message(f"note: {note}")
 
 
-def _send_left_behind(tracking: Tracking, store: Path, reporter: Reporter) -> None:
-    for name, problem in send_left_behind(tracking, store):
-        reporter.message(f"sent to MLflow what the run {name!r} had not" if problem is None else f"note: {problem}")
-
-
-def _tell_output(config: RunConfig, run: RunLog, artifact: Artifact, logged: set[int]) -> None:
+def _tell_output(config: RunConfig, run: RunLog, artifact: Artifact, logged: set[int], events: Path) -> None:
     """What the stage made, the steps that were not seen while it ran, and what it read."""
     history = read_history(artifact.file(METRICS_FILE)) if METRICS_FILE in artifact.record.files else []
     run.steps([line for line in history if int(line["step"]) not in logged])
     run.output(artifact)
     run.data(data_of(config, artifact))
     if artifact.record.stage == "sweep" and not artifact.reused:
-        _tell_trials(run, artifact)
+        tell_trials(run, artifact, events, batch_pairs=config.train.batch_pairs)
 
 
 def data_of(config: RunConfig, artifact: Artifact) -> list[Data]:
@@ -142,50 +171,3 @@ def _tell_headline(config: RunConfig, run: RunLog, artifact: Artifact) -> None:
         )
         # A run whose gate refused the model is a finished one; the tag says which it is.
         run.end("FINISHED")
-
-
-def _tell_trials(run: RunLog, artifact: Artifact) -> None:
-    """A run for each trial, the failed ones as well."""
-    if TRIALS_FILE not in artifact.record.files:
-        return
-    content = json.loads(artifact.file(TRIALS_FILE).read_text(encoding="utf-8"))
-    # The sweep names a trial's folder by its name, with other signs for those that a path cannot hold.
-    curves = {_plain(Path(file).parent.name): file for file in artifact.record.files if file.endswith(METRICS_FILE)}
-    for trial in content["trials"]:
-        name = trial["name"]
-        curve = curves.get(_plain(name))
-        is_winner = name not in content["why_not"]
-        run.trial(
-            name,
-            parameters={f"train.{key}": str(value) for key, value in trial["parameters"].items()}
-            | {"seed": str(trial["seed"])},
-            metrics=_trial_numbers(trial),
-            history=read_history(artifact.file(curve)) if curve else [],
-            tags={
-                "dpo.chosen": str(is_winner).lower(),
-                "dpo.why_not": str(content["why_not"].get(name, "")),
-                "dpo.stopped": str(trial["stopped"] or ""),
-            },
-            failure=trial["failure"],
-        )
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.,]", "-", name)
-
-
-def _trial_numbers(trial: Mapping[str, Any]) -> dict[str, float]:
-    """A trial's estimates by the names that the evaluation has for them, with their bounds."""
-    names = {
-        "accuracy": "validation/accuracy",
-        "margin": "validation/margin",
-        "kl": "samples/kl",
-        "length_ratio": "samples/length_ratio",
-        "reward": "judge/reward",
-        "win_rate": "judge/win_rate",
-    }
-    found: dict[str, float] = {"trained/steps": float(trial["steps"])}
-    for key, name in names.items():
-        if (estimate := trial.get(key)) is not None:
-            found |= {name: estimate["value"], f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
-    return {name: value for name, value in found.items() if value is not None}

@@ -18,7 +18,7 @@ from dpo_train.stages.executor import InProcess
 from dpo_train.stages.prepare import prepare
 from dpo_train.stages.register import register
 from dpo_train.stages.score_reference import score_reference
-from dpo_train.tracking import AwayError, RunLog, Tracking, TrackingError, client, send_left_behind
+from dpo_train.tracking import AwayError, RunLog, Tracking, TrackingError, client, run_log, send_left_behind
 from dpo_train.tracking.journal import FOLDER
 from tests.mlflow.made import made_policy, made_report
 from tests.s3.proxy import Kind, Proxy
@@ -111,23 +111,53 @@ def test_server_that_never_comes_back_leaves_a_journal_that_is_sent_on_request(
     assert found.data.tags["dpo.beta"] == "0.1"
 
 
-@pytest.mark.parametrize("kind", ["refuse", "lost_answer"])
-def test_run_whose_creation_did_not_arrive_is_created_once(
-    kind: Kind, config: RunConfig, proxy: Proxy, tmp_path: Path
-) -> None:
-    """Below a pipeline's run the stage goes on; its run is made, or found where only the answer was lost."""
+def children(tracking: Tracking, parent: str | None) -> list[Any]:
+    below = f"tags.`mlflow.parentRunId` = '{parent}'"
+    return list(tracking.client.search_runs([tracking.experiment_id()], below))
+
+
+def test_run_that_could_not_be_created_is_created_later(config: RunConfig, proxy: Proxy, tmp_path: Path) -> None:
+    """Below a pipeline's run the stage goes on."""
     tracking = Tracking(config)
     parent = tracking.start_run("pipeline")
-    proxy.fault("POST", CREATE, kind, times=1)
+    proxy.fault("POST", CREATE, "refuse")
     run = RunLog.start(tracking, tmp_path, "train", parent=parent, tags={})
     assert run.run_id is None
     run.steps(steps(0), 1000)
+    proxy.clear()
     assert run.close() is None
 
-    experiment = tracking.experiment_id()
-    [child] = tracking.client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    [child] = children(tracking, parent)
     assert child.info.run_id == run.run_id
     assert points(tracking, run.run_id) == [(1, 1.0, 1000)]
+
+
+def test_run_whose_creation_was_not_answered_is_there_once(
+    config: RunConfig, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client, which would send the request again as often as the environment says, must not."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    tracking = Tracking(config)
+    parent = tracking.start_run("pipeline")
+    proxy.fault("POST", CREATE, "lost_answer", times=1)
+    run = RunLog.start(tracking, tmp_path, "train", parent=parent, tags={})
+    run.trial("beta=1", parameters={}, metrics={})
+    proxy.fault("POST", CREATE, "lost_answer", times=1)
+    assert run.close() is None
+
+    [child] = children(tracking, parent)
+    assert child.info.run_id == run.run_id
+    assert len(children(tracking, run.run_id)) == 1
+
+
+def test_experiment_of_two_first_runs_is_one(config: RunConfig, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second to create it is told that it is there, and takes it; so does one whose answer was lost."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    tracking = Tracking(replace(config, tracking=replace(config.tracking, experiment="of two")))
+    proxy.fault("POST", r"experiments/create", "lost_answer", times=1)
+    assert tracking.experiment_id() == tracking.client.get_experiment_by_name("of two").experiment_id
 
 
 def test_stage_that_stands_alone_does_not_begin_without_mlflow(config: RunConfig, proxy: Proxy, tmp_path: Path) -> None:
@@ -153,6 +183,46 @@ def test_trial_is_a_run_of_its_own_once(config: RunConfig, proxy: Proxy, tmp_pat
     assert trial.data.params == {"train.beta": "1"}
     assert trial.data.metrics == {"samples/kl": 2.0}
     assert trial.data.tags["dpo.error"] == "it diverged"
+
+
+def test_glitch_at_the_very_end_leaves_nothing_behind(
+    config: RunConfig, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the last points any more, so that they are tried as often as everything else."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    tracking = Tracking(config)
+    run = RunLog.start(tracking, tmp_path, "train", parent=None, tags={})
+    run.steps(steps(0), 1000)
+    proxy.fault("POST", LOG, "slow_down", times=1)
+    assert run.close() is None
+
+
+def test_slow_server_does_not_hold_up_the_end(
+    config: RunConfig, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not gone out in time waits for the next stage."""
+    monkeypatch.setattr(run_log, "CLOSE_SECONDS", 0.0)
+    tracking = Tracking(config)
+    run = RunLog.start(tracking, tmp_path, "train", parent=None, tags={})
+    run.steps(steps(0), 1000)
+    run.end("FINISHED")
+    note = run.close()
+    assert note is not None
+    assert "too slow to take everything within 0 s" in note
+
+    assert send_left_behind(tracking, tmp_path) == [("train", None)]
+    assert tracking.client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_outage_of_many_steps_is_made_up_in_few_requests(config: RunConfig, proxy: Proxy, tmp_path: Path) -> None:
+    """120 steps of 20 points: requests of up to 50 lines, and of at most 1000 points."""
+    tracking = Tracking(config)
+    run = RunLog.start(tracking, tmp_path, "train", parent=None, tags={})
+    run.steps([{"step": step, **{f"m/{n}": 0.5 for n in range(20)}} for step in range(120)], 1000)
+    assert run.close() is None
+    assert proxy.count("POST", LOG) == 3
+    assert [step for step, _, _ in points(tracking, run.run_id, "m/0")] == list(range(1, 121))
 
 
 @pytest.mark.slow

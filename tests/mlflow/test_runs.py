@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("mlflow")
 
 from dpo_train.cli import main
-from dpo_train.config import RunConfig, load_config
-from dpo_train.tracking import RunLog, Tracking
+from dpo_train.config import RunConfig, SweepConfig, load_config
+from dpo_train.stages.sweep_run import _training
+from dpo_train.tracking import RunLog, Tracking, tracking_uri
 from dpo_train.tracking.search import quoted
 from tests.command import write_config
 from tests.tiny import tiny_config
@@ -22,7 +23,8 @@ from tests.tiny import tiny_config
 @pytest.fixture(scope="module")
 def config(server: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("runs")
-    return tiny_config(folder, tracking__uri=server, tracking__experiment="runs", seed=7)
+    more = {"sweep__max_steps": 3, "train__keep": "best", "train__patience": 2}
+    return tiny_config(folder, tracking__uri=server, tracking__experiment="runs", seed=7, **more)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,52 @@ def test_reproduce_needs_nothing_but_the_address(
     printed = capsys.readouterr().out.strip()
     assert printed == command.format(file)
     again = load_config(file, [word for word in shlex.split(printed) if "=" in word])
-    expected = replace(config, train=replace(config.train, beta=1.0)) if name == "trial" else config
-    assert again == expected
+    expected = _training(config, {"beta": 1.0}, 7) if name == "trial" else config
+    assert again == replace(expected, sweep=again.sweep)
+    assert again.sweep == (SweepConfig() if name == "trial" else config.sweep)
+
+
+def test_password_of_the_address_is_written_nowhere(
+    server: str, made: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is named as a thing to give; what --run runs in the same process has it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri, file = server.replace("//", "//me:hunter2@"), tmp_path / "again.yaml"
+    assert main(["reproduce", uri, made["better"], "--output", str(file)]) == 0
+    said = capsys.readouterr()
+    assert "hunter2" not in said.out + said.err + file.read_text()
+    assert "set MLFLOW_TRACKING_URI to it" in said.err
+    assert tracking_uri(load_config(file)) == uri
+
+
+def test_run_of_a_plugin_below_another_is_reproduced_from_itself(
+    config: RunConfig, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What stands above it is the plugin's own and holds no config."""
+    tracking = Tracking(config)
+    above = tracking.client.create_run(tracking.experiment_id()).info.run_id
+    run_id = tracking.start_run("task", parent=above)
+    with monkeypatch.context() as plugin:
+        plugin.setenv("MLFLOW_RUN_ID", run_id)
+        plugin.setenv("MLFLOW_TRACKING_URI", server)
+        assert Tracking(config).start_pipeline("ignored") == run_id
+    file = tmp_path / "again.yaml"
+    assert main(["reproduce", server, run_id, "--output", str(file)]) == 0
+    assert capsys.readouterr().out == f"dpo run {file} --name task\n"
+
+
+def test_runs_of_others_are_listed_as_well(
+    config: RunConfig, file: str, made: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their parameters may have our names and other values; MLflow's words for the same thing are understood."""
+    tracking = Tracking(config)
+    theirs = tracking.client.create_run(tracking.experiment_id(), run_name="adam").info.run_id
+    tracking.client.log_param(theirs, "beta", "(0.9, 0.999)")
+    rows = listed(capsys, file, "--kind", "all", "--where", "param.beta LIKE '(%' and attributes.status = 'RUNNING'")
+    assert [(row[0], row[4]) for row in rows] == [("adam", "")]
+    assert [row[0] for row in listed(capsys, file, "--where", "metric.heldout/accuracy > 0.7")] == ["better"]
 
 
 def test_reproduce_runs_it_and_says_what_differs(

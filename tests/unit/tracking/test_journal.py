@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dpo_train.errors import StoreError
 from dpo_train.tracking.journal import FOLDER, Journal, left_behind
 
 
@@ -79,8 +80,9 @@ def test_journal_of_a_killed_process_is_found_and_one_in_use_is_not(tmp_path: Pa
     process.join()
     mine = Journal.create(tmp_path, {})
 
-    [path] = left_behind(tmp_path)
+    [(path, changed)] = left_behind(tmp_path)
     assert path != mine.path
+    assert changed == path.stat().st_mtime_ns // 10**6
     found = Journal(path, {})
     found.append({"op": "tags", "n": 2})
     assert found.header == {"run_id": "r"}
@@ -89,6 +91,29 @@ def test_journal_of_a_killed_process_is_found_and_one_in_use_is_not(tmp_path: Pa
     found.close(remove=True)
     mine.close()
     assert [each.name for each in (tmp_path / FOLDER).glob("*.jsonl")] == [mine.path.name]
+
+
+def test_lines_that_a_power_cut_has_damaged_are_left_out(tmp_path: Path) -> None:
+    """Zeros where a block was never written, in the middle or at the end: the rest is sent as ever."""
+    journal = Journal.create(tmp_path, {"run_id": "r"})
+    for n in range(3):
+        journal.append({"op": "tags", "n": n})
+    journal.close()
+    lines = journal.path.read_bytes().splitlines(keepends=True)
+    lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"
+    journal.path.write_bytes(b"".join(lines) + b"\0" * 512)
+
+    assert told(Journal(journal.path, {})) == [0, 2]
+
+
+def test_journal_with_a_damaged_header_says_what_to_do(tmp_path: Path) -> None:
+    """And its lock is let go, so that it can be tried again."""
+    path = tmp_path / FOLDER / "x.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b"\0" * 512)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"x\.jsonl is damaged.*remove it"):
+            Journal(path, {})
 
 
 def test_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
