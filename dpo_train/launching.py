@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, open_artifact
@@ -104,17 +104,30 @@ def _printer(stage: str) -> Callable[[str], None]:
     path = os.environ.get(ENVIRONMENT_KEY)
 
     def line(text: str) -> None:
-        if not text.startswith(jobs.EVENT_MARK):
+        # A library's progress bar, which ends no line, may stand before an event.
+        before, mark, rest = text.partition(jobs.EVENT_MARK)
+        event = _event(rest) if mark else None
+        if event is None:
             print(text, flush=True)
             return
-        event = json.loads(text.removeprefix(jobs.EVENT_MARK))
+        if before.strip():
+            print(before, flush=True)
+        fields = {key: value for key, value in event.items() if key not in {"time", "stage"}}
         if path is None:
-            shown = {key: value for key, value in event.items() if key not in {"time", "stage"}}
-            print(f"{stage}: {json.dumps(shown)}", flush=True)
+            print(f"{stage}: {json.dumps(fields)}", flush=True)
         else:
-            Reporter(path, stage).event(**{key: value for key, value in event.items() if key not in {"time", "stage"}})
+            Reporter(path, stage).event(**fields)
 
     return line
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    """The event in a line; None: it only looks like one."""
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
 
 
 @contextlib.contextmanager

@@ -16,12 +16,13 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dpo_train import storage
 from dpo_train.config import RunConfig, parse_config, to_dict
 from dpo_train.disk import write_atomically
-from dpo_train.errors import DpoError, StoreError, WorkerError, decode, encode
+from dpo_train.errors import ConfigError, DpoError, StoreError, WorkerError, decode, encode
+from dpo_train.tracking import redacted, tracking_uri
 
 JOBS = "jobs"
 JOB_FILE, RESULT_FILE = "job.json", "result.json"
@@ -104,11 +105,16 @@ def job_for(
     run_id: str | None = None,
     output: str | None = None,
 ) -> Job:
-    """The job of a stage. The same in the same run is the same job, also when its caller was restarted."""
+    """The job of a stage. The same in the same run is the same job, also when its caller was restarted.
+
+    Raises:
+        ConfigError: the config holds a login, which would lie in the store for all to read.
+    """
     there = dataclasses.replace(
         config,
         cluster=dataclasses.replace(config.cluster, launcher="none"),
-        compute=dataclasses.replace(config.compute, executor="ray"),
+        compute=dataclasses.replace(config.compute, executor="ray", device=_device(config)),
+        tracking=dataclasses.replace(config.tracking, uri=_tracking_address(config)),
     )
     content = {"stage": stage, "config": to_dict(config), "inputs": dict(inputs), "run": run_id, "output": output}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -116,6 +122,26 @@ def job_for(
     assert len(name) <= NAME_LENGTH
     folder = storage.join(config.store, JOBS, name)
     return Job(name=name, folder=folder, stage=stage, config=there, inputs=inputs, run_id=run_id, output=output)
+
+
+def _device(config: RunConfig) -> Literal["auto", "cpu", "cuda"]:
+    """A RayJob's workers have what was asked for; on other clusters the job looks when it runs."""
+    if config.compute.device != "auto" or config.cluster.launcher != "rayjob":
+        return config.compute.device
+    return "cuda" if config.cluster.workers.gpus else "cpu"
+
+
+def _tracking_address(config: RunConfig) -> str | None:
+    """MLflow as it is seen here, so that the job finds its parent's run; None: from the job's own environment."""
+    address = tracking_uri(config)
+    if redacted(address) == address:
+        return address
+    if config.tracking.uri is not None:
+        raise ConfigError(
+            "tracking.uri holds a login, and a job's config can be read by all who see the store",
+            fix="take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD here and on the cluster",
+        )
+    return None
 
 
 def write_job(job: Job) -> None:
@@ -159,6 +185,16 @@ def read_result(job: Job) -> Result | None:
     """What the job has left; None: nothing."""
     content = _read(job.folder, RESULT_FILE)
     return None if content is None else Result(**content)
+
+
+def may_stand(job: Job) -> bool:
+    """Whether the result of a job that has ended is the answer to the same question asked again.
+
+    Within a run it is. Outside of one, the raw data that its config names may have changed since; the job then runs
+    again and finds by itself what it can reuse.
+    """
+    result = read_result(job)
+    return job.run_id is not None and result is not None and result.address is not None
 
 
 def drop_result(job: Job) -> None:

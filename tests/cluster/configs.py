@@ -31,7 +31,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "no shared memory": {"cluster": {"workers": {"shared_memory": None}}},
     "fractions of cores": {"cluster": {"head": {"cpus": 0.5, "memory": "1500Mi"}, "workers": {"cpus": 1.25}}},
-    "node selectors": {"cluster": {"head": {"node_selector": {"pool": "cpu"}}, "workers": {"node_selector": {"a": "b"}}}},
+    "node selectors": {
+        "cluster": {"head": {"node_selector": {"pool": "cpu"}}, "workers": {"node_selector": {"pool": "gpu"}}}
+    },
     "kueue": {"cluster": {"queue": "team-queue", "priority": "high"}},
     "volumes": {"cluster": {"volumes": {"/data": "team-data", "/models": "models"}, "model_cache": "cache"}},
     "registry login": {"cluster": {"image_pull_secrets": ["registry", "other-registry"]}},
