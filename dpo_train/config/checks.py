@@ -191,6 +191,16 @@ def _sweep_mistakes(config: RunConfig) -> dict[str, bool]:
             sweep.select.metric == "win_rate" and config.evaluate.judge is None
         ),
         "sweep.select looks at sampled answers, but sweep.num_prompts is 0": by_samples and not sweep.num_prompts,
+        "sweep.kl_points asks for KL along the way, but sweep.num_prompts is 0": (
+            sweep.kl_points > 1 and not sweep.num_prompts
+        ),
+        f"sweep.halve_on={sweep.halve_on} compares trials, and under different losses it means different things: "
+        "halve on rewards/accuracy": (
+            sweep.halving is not None and len(sweep.losses) > 1 and sweep.halve_on != "rewards/accuracy"
+        ),
+        "sweep.halve_on=rewards/margin compares trials, and a margin grows with beta: halve on rewards/accuracy": (
+            sweep.halving is not None and bool(sweep.betas) and sweep.halve_on == "rewards/margin"
+        ),
         **{
             f"sweep.losses: {loss}: {text}": True
             for loss in sweep.losses

@@ -50,7 +50,7 @@ def draw(drawn: Picture, path: Path) -> None:
 
 
 def _draw_marks(axes: Any, drawn: Picture) -> None:
-    if not drawn.marks:
+    if not drawn.marks and not drawn.ways:
         axes.text(0.5, 0.5, "no setting came to its end", ha="center", transform=axes.transAxes)
     frontier = [mark for mark in drawn.marks if mark.is_frontier]
     axes.plot([m.x.value for m in frontier], [m.y.value for m in frontier], color=_GREY, linewidth=1, zorder=1)
@@ -59,11 +59,11 @@ def _draw_marks(axes: Any, drawn: Picture) -> None:
         axes.fill_between(
             [mark.x.value for mark in frontier], low, high, color=_GREY, alpha=0.15, linewidth=0, zorder=0
         )
+    _draw_ways(axes, drawn)
     for mark in drawn.marks:
         look = drawn.looks[mark.name]
         fill = look.colour if mark.is_within else "white"
         _draw_bars(axes, mark, look.colour)
-        axes.plot(*zip(*mark.path, strict=True), color=look.colour, linewidth=0.8) if mark.path else None
         for x, y in mark.seeds:
             axes.plot(x, y, look.shape, color=look.colour, markersize=3, alpha=0.6)
         axes.plot(
@@ -75,13 +75,26 @@ def _draw_marks(axes: Any, drawn: Picture) -> None:
                 "chosen", (mark.x.value, mark.y.value), (0, 11), textcoords="offset points", ha="center", zorder=5
             )
     others = [0.0] if drawn.x_label == KL else []
-    axes.set_xlim(limits((mark.x for mark in drawn.marks), *others))
-    axes.set_ylim(limits(mark.y for mark in drawn.marks))
+    axes.set_xlim(limits(drawn.all_x, *others))
+    axes.set_ylim(limits(drawn.all_y))
     if drawn.budget is not None:
         axes.axvline(drawn.budget, color=_DARK, linewidth=1, linestyle="--", label="budget of KL")
     axes.set_xlabel(drawn.x_label)
     axes.set_ylabel(drawn.y_label)
     _legend(axes, drawn)
+
+
+def _draw_ways(axes: Any, drawn: Picture) -> None:
+    """Thin, with a dot at each step that was measured; a cross where halving stopped it."""
+    for way in drawn.ways:
+        colour = drawn.looks[way.name].colour
+        x, y = [kl.value for kl in way.kl], [accuracy.value for accuracy in way.accuracy]
+        axes.plot(x, y, ".-", color=colour, linewidth=0.8, markersize=4, alpha=0.8, zorder=1)
+        if way.is_stopped:
+            axes.plot(x[-1], y[-1], "x", color=colour, markersize=6, zorder=3)
+        if way.has_seeds and len(x) > 1:
+            low, high = [one.low for one in way.accuracy], [one.high for one in way.accuracy]
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=0)
 
 
 def _draw_bars(axes: Any, mark: Mark, colour: str) -> None:
@@ -120,3 +133,5 @@ def _legend(axes: Any, drawn: Picture) -> None:
 def _keys(drawn: Picture) -> Iterator[tuple[str, str, str]]:
     yield from ((words, colour, "o") for words, colour in drawn.colours)
     yield from ((words, _DARK, shape) for words, shape in drawn.shapes)
+    if any(way.is_stopped for way in drawn.ways):
+        yield "stopped early", _DARK, "x"

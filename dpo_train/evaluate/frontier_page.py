@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from dpo_train.config import SelectConfig
 from dpo_train.data.report_page import visible
-from dpo_train.evaluate.frontier_picture import KL, Curve, Mark, Picture, limits
+from dpo_train.evaluate.frontier_picture import KL, Curve, Mark, Picture, Way, limits
 from dpo_train.evaluate.frontier_template import PAGE, SCRIPT, STYLE
 from dpo_train.evaluate.report_rows import number
 from dpo_train.evaluate.trials import Choice, Trial, setting_name, shown
@@ -90,6 +90,7 @@ def to_html(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig
         "chart": _chart(drawn, tags),
         "steps": _steps(drawn, tags),
         "legend": [*((words, colour, SHAPES["o"]) for words, colour in drawn.colours), *shapes],
+        "any_stopped": any(way.is_stopped for way in drawn.ways),
         "any_over": any(not mark.is_within for mark in drawn.marks),
         "settings": settings,
         "columns": [_COLUMNS[name] for name in _measured(trials, config)],
@@ -172,8 +173,8 @@ def _settings(trials: Sequence[Trial], choice: Choice | None, drawn: Picture) ->
 
 
 def _chart(drawn: Picture, tags: Mapping[str, Any]) -> dict[str, Any]:
-    x = _Scale(*limits((m.x for m in drawn.marks), *([0.0] if drawn.x_label == KL else [])), LEFT, RIGHT)
-    y = _Scale(*limits(m.y for m in drawn.marks), BOTTOM, TOP)
+    x = _Scale(*limits(drawn.all_x, *([0.0] if drawn.x_label == KL else [])), LEFT, RIGHT)
+    y = _Scale(*limits(drawn.all_y), BOTTOM, TOP)
     frontier = [mark for mark in drawn.marks if mark.is_frontier]
     band = [(m.x.value, m.y.high) for m in frontier] + [(m.x.value, m.y.low) for m in reversed(frontier)]
     # The chosen one last, on top of the others.
@@ -185,6 +186,22 @@ def _chart(drawn: Picture, tags: Mapping[str, Any]) -> dict[str, Any]:
         "band": _polyline(band, x, y) if any(mark.seeds for mark in frontier) else "",
         "budget": None if drawn.budget is None or not x.low < drawn.budget < x.high else x(drawn.budget),
         "marks": [{**tags[mark.name], **_mark(mark, drawn, x, y)} for mark in marks],
+        "ways": [{**tags[way.name], **_way(way, drawn, x, y)} for way in drawn.ways],
+    }
+
+
+def _way(way: Way, drawn: Picture, x: _Scale, y: _Scale) -> dict[str, Any]:
+    points = [(kl.value, found.value) for kl, found in zip(way.kl, way.accuracy, strict=True)]
+    band = [(at, found.high) for (at, _), found in zip(points, way.accuracy, strict=True)]
+    band += [(at, found.low) for (at, _), found in reversed(list(zip(points, way.accuracy, strict=True)))]
+    words = f"{_name(way.name)}, step {', '.join(map(str, way.steps))}"
+    return {
+        "words": words + ("; stopped" if way.is_stopped else ""),
+        "colour": drawn.looks[way.name].colour,
+        "line": _polyline(points, x, y),
+        "dots": [(x(at), y(value)) for at, value in points],
+        "band": _polyline(band, x, y) if way.has_seeds and len(points) > 1 else "",
+        "is_stopped": way.is_stopped,
     }
 
 
@@ -202,7 +219,6 @@ def _mark(mark: Mark, drawn: Picture, x: _Scale, y: _Scale) -> dict[str, Any]:
         "y": y(mark.y.value),
         "y_low": y(mark.y.low),
         "y_high": y(mark.y.high),
-        "path": _polyline(mark.path, x, y),
         "seeds": [(x(at), y(value)) for at, value in mark.seeds],
     }
 

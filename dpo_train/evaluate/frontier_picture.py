@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from dpo_train.config import SelectConfig
 from dpo_train.evaluate.trials import (
@@ -47,8 +48,6 @@ class Mark:
     y: Estimate
     seeds: tuple[tuple[float, float], ...]
     """(x, y) of each seed; empty where there is one."""
-    path: tuple[tuple[float, float], ...]
-    """(KL, metric) after some of the steps, where both were measured."""
     is_chosen: bool
     is_within: bool
     """The budgets."""
@@ -64,6 +63,19 @@ class Curve:
     steps: tuple[int, ...]
     accuracy: tuple[Estimate, ...]
     has_seeds: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A setting's way over the picture: KL and accuracy by step, where both were measured, up to where it ended."""
+
+    name: str
+    steps: tuple[int, ...]
+    kl: tuple[Estimate, ...]
+    accuracy: tuple[Estimate, ...]
+    has_seeds: bool
+    is_stopped: bool
+    """It ends at a rung of halving, without a mark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,8 @@ class Picture:
     marks: tuple[Mark, ...]
     curves: tuple[Curve, ...]
     """Empty where no trial was measured on its way."""
+    ways: tuple[Way, ...]
+    """Of settings of which more is known than a mark shows; empty where y is not the accuracy."""
     budget: float | None
     """Of the KL, where that is what x is."""
     looks: dict[str, Look]
@@ -92,11 +106,21 @@ class Picture:
     shapes: tuple[tuple[str, str], ...]
     """(words, shape); empty where there is one."""
 
+    @property
+    def all_x(self) -> list[Estimate]:
+        """All that the first chart's x axis has to show."""
+        return [*(mark.x for mark in self.marks), *(kl for way in self.ways for kl in way.kl)]
+
+    @property
+    def all_y(self) -> list[Estimate]:
+        """The same of y."""
+        return [*(mark.y for mark in self.marks), *(found for way in self.ways for found in way.accuracy)]
+
 
 def picture(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig) -> Picture:
     """Settings as marks, and their curves by step."""
     settings = pool(trials, config.metric)
-    has_kl = any(setting.kl is not None for setting in settings)
+    has_kl = any(trial.kl is not None for trial in trials)
     marks = []
     for number, setting in enumerate(settings, start=1):
         x = setting.kl if has_kl else Estimate(value=number, low=number, high=number, n=1)
@@ -109,6 +133,7 @@ def picture(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig
         y_label=METRICS[config.metric],
         marks=_with_frontier(marks) if has_kl else tuple(marks),
         curves=_curves(trials),
+        ways=_ways(trials) if has_kl and config.metric == "accuracy" else (),
         budget=config.max_kl if has_kl else None,
         looks=looks,
         colours=colours,
@@ -121,16 +146,11 @@ def _mark(setting: Setting, x: Estimate, choice: Choice | None, config: SelectCo
         found: Estimate = getattr(trial, config.metric)
         return (trial.kl.value if has_kl and trial.kl is not None else x.value), found.value
 
-    path: list[tuple[float, float]] = []
-    if len(setting.trials) == 1 and config.metric == "accuracy":
-        points = setting.trials[0].points
-        path = [(p.kl.value, p.accuracy.value) for p in points if p.kl is not None and p.accuracy is not None]
     return Mark(
         name=setting.name,
         x=x,
         y=setting.metric,
         seeds=tuple(map(place, setting.trials)) if len(setting.trials) > 1 else (),
-        path=tuple(path) if len(path) > 1 else (),
         is_chosen=choice is not None and choice.trial in setting.trials,
         is_within=is_within(setting, config),
         is_frontier=False,
@@ -147,12 +167,17 @@ def _with_frontier(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     return tuple(found)
 
 
-def _curves(trials: Sequence[Trial]) -> tuple[Curve, ...]:
+def _by_setting(trials: Sequence[Trial]) -> list[tuple[str, list[Trial]]]:
+    """Finished, stopped and failed ones, in the order of seeds."""
     grouped: dict[str, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: (trial.seed, trial.name)):
         grouped.setdefault(setting_name(trial), []).append(trial)
+    return sorted(grouped.items())
+
+
+def _curves(trials: Sequence[Trial]) -> tuple[Curve, ...]:
     curves = []
-    for name, members in sorted(grouped.items()):
+    for name, members in _by_setting(trials):
         by_step: dict[int, list[Estimate]] = {}
         for point in (point for trial in members for point in trial.points if point.accuracy is not None):
             assert point.accuracy is not None
@@ -161,6 +186,35 @@ def _curves(trials: Sequence[Trial]) -> tuple[Curve, ...]:
         found = {step: estimate for step, estimate in pooled.items() if estimate is not None}
         curves.append(Curve(name=name, steps=tuple(found), accuracy=tuple(found.values()), has_seeds=len(members) > 1))
     return tuple(curves) if any(len(curve.steps) > 1 for curve in curves) else ()
+
+
+def _ways(trials: Sequence[Trial]) -> tuple[Way, ...]:
+    ways = []
+    for name, members in _by_setting(trials):
+        by_step: dict[int, list[tuple[Estimate, Estimate]]] = {}
+        for point in (point for trial in members for point in trial.points):
+            if _is_there(point.kl) and _is_there(point.accuracy):
+                by_step.setdefault(point.step, []).append((point.kl, point.accuracy))
+        is_stopped = any(trial.stopped is not None for trial in members)
+        if len(by_step) <= (0 if is_stopped else 1):
+            continue
+        steps = sorted(by_step)
+        kl, accuracy = ([pool_estimates([both[k] for both in by_step[step]]) for step in steps] for k in (0, 1))
+        ways.append(
+            Way(
+                name=name,
+                steps=tuple(steps),
+                kl=tuple(filter(None, kl)),
+                accuracy=tuple(filter(None, accuracy)),
+                has_seeds=len(members) > 1,
+                is_stopped=is_stopped,
+            )
+        )
+    return tuple(ways)
+
+
+def _is_there(found: Estimate | None) -> TypeGuard[Estimate]:
+    return found is not None and all(map(math.isfinite, (found.value, found.low, found.high)))
 
 
 def _looks(

@@ -20,7 +20,7 @@ body { max-width: 76rem } .box { max-width: 60rem } tbody th { min-width: 11rem 
 .mark, .curve { cursor: pointer; outline: none } .mark.on .bar { opacity: 1; stroke-width: 3 }
 .mark.on .shape { stroke: var(--ink); stroke-width: 2 }
 .mark:focus-visible .shape { stroke: var(--mark); stroke-width: 4 } .hit { cursor: pointer }
-.curve.on polyline { stroke-width: 3.5 }
+.curve.on polyline { stroke-width: 3.5 } .cross { stroke-width: 1.6 }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0; padding: 0; list-style: none;
  font-size: .875rem } .legend svg { width: .8rem; height: .8rem; margin-right: .35rem }
 .legend .plain { fill: var(--ink) }
@@ -74,7 +74,7 @@ PAGE = """<!doctype html>
 {% endfor %}</div>
 
 <div class="charts">
-{% if chart.marks %}
+{% if chart.marks or chart.ways %}
 <figure><figcaption>{{ chart.y_label | capitalize }}</figcaption>
 <svg class="chart" viewBox="0 0 {{ chart.width }} {{ chart.height }}" role="group" aria-label="{{ chart.y_label }}
  against {{ chart.x_label }}">{{ axes(chart) }}
@@ -83,13 +83,20 @@ PAGE = """<!doctype html>
 {% if chart.budget is not none %}<line class="budget" x1="{{ chart.budget }}" x2="{{ chart.budget }}"
  y1="{{ chart.top }}" y2="{{ chart.bottom }}"/><text class="strong" x="{{ chart.budget - 4 }}" y="{{ chart.top + 10 }}"
  text-anchor="end">budget</text>{% endif %}
+{% for w in chart.ways %}
+<g class="curve" {{ tags(w) }}><title>{{ w.words }}</title>
+{% if w.band %}<polygon class="band" fill="{{ w.colour }}" points="{{ w.band }}"/>{% endif %}
+<polyline stroke="{{ w.colour }}" points="{{ w.line }}"/>
+{% for x, y in w.dots %}<circle class="way" cx="{{ x }}" cy="{{ y }}" r="2.2" fill="{{ w.colour }}"/>{% endfor %}
+{% if w.is_stopped %}<path class="cross" transform="translate({{ w.dots[-1][0] }} {{ w.dots[-1][1] }})"
+ d="M-4 -4L4 4M-4 4L4 -4" stroke="{{ w.colour }}"/>{% endif %}</g>
+{% endfor %}
 {% for m in chart.marks %}<circle class="hit" {{ tags(m) }} cx="{{ m.x }}" cy="{{ m.y }}" r="14"/>{% endfor %}
 {% for m in chart.marks %}
 <g class="mark{{ '' if m.is_within else ' over' }}{{ ' on' if m.is_chosen }}" {{ tags(m) }} tabindex="0" role="img"
  aria-label="{{ m.words }}"><title>{{ m.words }}</title>
 <line class="bar" stroke="{{ m.colour }}" x1="{{ m.x_low }}" x2="{{ m.x_high }}" y1="{{ m.y }}" y2="{{ m.y }}"/>
 <line class="bar" stroke="{{ m.colour }}" x1="{{ m.x }}" x2="{{ m.x }}" y1="{{ m.y_low }}" y2="{{ m.y_high }}"/>
-{% if m.path %}<polyline stroke="{{ m.colour }}" points="{{ m.path }}"/>{% endif %}
 {% for x, y in m.seeds %}<circle class="seed" cx="{{ x }}" cy="{{ y }}" r="2.2" fill="{{ m.colour }}"/>{% endfor %}
 <g transform="translate({{ m.x }} {{ m.y }})">
 {% if m.is_chosen %}<circle class="ring" r="10"/>{% endif %}
@@ -116,6 +123,7 @@ PAGE = """<!doctype html>
  {%- if colour %} fill="{{ colour }}"{% else %} class="plain"{% endif %}/></svg>{{ words | name }}</li>
 {% endfor %}
 {% if any_over %}<li>hollow: over a budget</li>{% endif %}
+{% if chart.ways %}<li>dots: on the way{{ ", a cross: stopped there" if any_stopped }}</li>{% endif %}
 </ul>
 
 {% for s in settings %}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from dpo_train.evaluate.statistics import cluster_bootstrap
 from dpo_train.findings import Estimate
 
 TRIALS_FILE = "trials.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Goes up when a key of trials.json is renamed, removed or added, or means something else."""
 
 Parameter = float | int | str
@@ -68,15 +68,15 @@ class Trial:
     reward: Estimate | None = None
     win_rate: Estimate | None = None
     """Of those answers by the judge: mean reward, and win rate against the reference's."""
-    deviations: tuple[float, ...] = ()
-    """[G] what each group adds to the error of the metric that selects: (sum - mean * count of the group) / count of
-    all. Two trials' difference has the standard error sqrt(G / (G - 1) * sum((one - other)^2)), clustered and paired.
+    deviations: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By metric [G] what each group adds to its error: (sum - mean * count of the group) / count of all. Two trials'
+    difference has the standard error sqrt(G / (G - 1) * sum((one - other)^2)), clustered and paired.
     """
     points: tuple[Point, ...] = ()
     """In the order of steps."""
     failure: str | None = None
     stopped: str | None = None
-    """Where and why it was stopped early: "at step 40: 5th of 8 by rewards/accuracy"."""
+    """Where and why it was stopped early: "at step 40: 5th of 8 by rewards/accuracy". Its numbers are of that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,28 +117,28 @@ def select(trials: Sequence[Trial], config: SelectConfig) -> Choice:
     """
     settings = pool(trials, config.metric)
     _check_any(trials, settings, config)
-    excess = {setting.name: _excess(setting, config) for setting in settings}
-    within = [setting for setting in settings if not excess[setting.name]]
+    over = {setting.name: excess(setting, config) for setting in settings}
+    within = [setting for setting in settings if not over[setting.name]]
     if not within:
         raise _none_within(settings, config)
     best = min(within, key=lambda setting: (-setting.metric.value, _order(setting)))
-    errors = {setting.name: _error(best, setting) for setting in within}
+    errors = {setting.name: _error(best, setting, config.metric) for setting in within}
     good = [s for s in within if best.metric.value - s.metric.value <= errors[s.name] * (1 + _ROUNDING)]
     chosen = min(good, key=_order)
     errors[best.name] = errors[chosen.name]
     # A policy may be outside where the mean over seeds is not.
-    trial = min(chosen.trials, key=lambda one: (bool(_excess(_pooled([one], config.metric), config)), one.seed))
+    trial = min(chosen.trials, key=lambda one: (bool(excess(one, config)), one.seed))
     why_not = {trial.name: _unfinished(trial, config.metric) for trial in trials}
     for setting in settings:
         if setting is chosen:
             why = f"another seed of the chosen setting, {chosen.name}"
-        elif excess[setting.name]:
-            why = excess[setting.name]
+        elif over[setting.name]:
+            why = over[setting.name]
         else:
             why = _why_not(setting, best, chosen, errors[setting.name], config.metric, is_good=setting in good)
         why_not |= {one.name: why for one in setting.trials}
     del why_not[trial.name]
-    return Choice(trial=trial, why_not=dict(sorted(why_not.items())), notes=_notes(chosen, config))
+    return Choice(trial=trial, why_not=dict(sorted(why_not.items())), notes=_notes(chosen, trials, config))
 
 
 def pool(trials: Sequence[Trial], metric: str) -> list[Setting]:
@@ -157,7 +157,10 @@ def setting_name(trial: Trial) -> str:
 
 def shown(value: Parameter) -> str:
     """A parameter's value as people write it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _unfinished(trial: Trial, metric: str) -> str:
@@ -208,9 +211,9 @@ def pool_estimates(estimates: Sequence[Estimate | None]) -> Estimate | None:
     )
 
 
-def _error(best: Setting, other: Setting) -> float:
+def _error(best: Setting, other: Setting, metric: str) -> float:
     """Standard error of the difference of two settings on the same groups; the spread between seeds comes on top."""
-    best_G, other_G = (np.mean([trial.deviations for trial in each.trials], axis=0) for each in (best, other))
+    best_G, other_G = (np.mean([trial.deviations[metric] for trial in each.trials], axis=0) for each in (best, other))
     factor = len(best_G) / max(1, len(best_G) - 1)
     paired = math.sqrt(factor * float(((best_G - other_G) ** 2).sum()))
     return math.hypot(paired, best.spread, other.spread)
@@ -226,7 +229,7 @@ def _order(setting: Setting) -> tuple[Any, ...]:
     )
 
 
-def _budgets(setting: Setting, config: SelectConfig) -> Iterator[tuple[str, float, Estimate | None]]:
+def _budgets(setting: Setting | Trial, config: SelectConfig) -> Iterator[tuple[str, float, Estimate | None]]:
     """Of each budget that there is: what it is about, how much it is, and what was found."""
     if config.max_kl is not None:
         yield "KL", config.max_kl, setting.kl
@@ -236,11 +239,11 @@ def _budgets(setting: Setting, config: SelectConfig) -> Iterator[tuple[str, floa
 
 def is_within(setting: Setting, config: SelectConfig) -> bool:
     """Whether the setting is within all budgets."""
-    return not _excess(setting, config)
+    return not excess(setting, config)
 
 
-def _excess(setting: Setting, config: SelectConfig) -> str:
-    """By how much the setting is over its budgets, in words; "" if it is within all of them."""
+def excess(setting: Setting | Trial, config: SelectConfig) -> str:
+    """By how much a setting, or one trial of it, is over the budgets, in words; "" if it is within all of them."""
     words = []
     for what, budget, found in _budgets(setting, config):
         if found is None or not math.isfinite(found.value):
@@ -252,13 +255,17 @@ def _excess(setting: Setting, config: SelectConfig) -> str:
     return "; ".join(words)
 
 
-def _notes(chosen: Setting, config: SelectConfig) -> tuple[str, ...]:
-    return tuple(
+def _notes(chosen: Setting, trials: Sequence[Trial], config: SelectConfig) -> tuple[str, ...]:
+    seeds = [trial for trial in trials if setting_name(trial) == chosen.name]
+    failed = sum(trial.failure is not None for trial in seeds)
+    lost = f"{failed} of {len(seeds)} seeds of {chosen.name} failed; the others speak for it"
+    over = tuple(
         f"{what} {number(found.value)} of {chosen.name} is within the budget of {budget:g}, but its 95 % interval "
         f"({number(found.low)} to {number(found.high)}) reaches over it"
         for what, budget, found in _budgets(chosen, config)
         if found is not None and found.high > budget
     )
+    return (lost, *over) if failed else over
 
 
 def _why_not(setting: Setting, best: Setting, chosen: Setting, error: float, metric: str, *, is_good: bool) -> str:
@@ -348,7 +355,20 @@ def from_dict(content: Mapping[str, Any]) -> tuple[tuple[Trial, ...], Choice | N
 
 def trial_to_dict(trial: Trial) -> dict[str, Any]:
     """A trial as JSON types; the deviations as one text, which is one line of a file."""
-    return {**dataclasses.asdict(trial), "deviations": " ".join(map(repr, trial.deviations))}
+    deviations = {metric: " ".join(map(repr, values_G)) for metric, values_G in trial.deviations.items()}
+    content: dict[str, Any] = _finite(dataclasses.asdict(trial) | {"deviations": deviations})
+    return content
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no infinity: an estimate that is not finite is none."""
+    if isinstance(content, list | tuple):
+        return [_finite(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    if content.keys() == {"value", "low", "high", "n"} and not all(map(math.isfinite, content.values())):
+        return None
+    return {name: _finite(each) for name, each in content.items()}
 
 
 def trial_from_dict(content: Mapping[str, Any]) -> Trial:
@@ -356,15 +376,19 @@ def trial_from_dict(content: Mapping[str, Any]) -> Trial:
     return Trial(
         **{
             **content,
-            **{name: _estimate(content[name]) for name in _NUMBERS},
-            "deviations": tuple(map(float, content["deviations"].split())),
+            **{name: estimate_from_dict(content[name]) for name in _NUMBERS},
+            "deviations": {metric: tuple(map(float, text.split())) for metric, text in content["deviations"].items()},
             "points": tuple(
-                Point(step=point["step"], **{name: _estimate(point[name]) for name in ("accuracy", "margin", "kl")})
+                Point(
+                    step=point["step"],
+                    **{name: estimate_from_dict(point[name]) for name in ("accuracy", "margin", "kl")},
+                )
                 for point in content["points"]
             ),
         }
     )
 
 
-def _estimate(content: Mapping[str, Any] | None) -> Estimate | None:
+def estimate_from_dict(content: Mapping[str, Any] | None) -> Estimate | None:
+    """The estimate, if there is one."""
     return None if content is None else Estimate(**content)

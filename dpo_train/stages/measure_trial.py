@@ -21,9 +21,10 @@ from dpo_train.artifacts import Artifact, Output
 from dpo_train.config import EndpointJudge, JudgeConfig, RunConfig
 from dpo_train.data.shards import Split, list_sums
 from dpo_train.disk import locked
+from dpo_train.errors import ConfigError
 from dpo_train.evaluate.judge import Judgement, compare_rewards, win_rate
 from dpo_train.evaluate.samples import describe, turn_ends
-from dpo_train.evaluate.statistics import Floats, Ints, Means, number_groups, wilson
+from dpo_train.evaluate.statistics import Floats, Ints, Means, effective_groups, number_groups, wilson
 from dpo_train.evaluate.trials import Parameter, Point, Trial
 from dpo_train.findings import Estimate
 from dpo_train.metrics_file import METRICS_FILE, read_history
@@ -46,13 +47,48 @@ _REFERENCE_REWARDS = "reference-rewards.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Answers of a policy and of its reference to the validation prompts, and what follows from them."""
+
+    ours: pa.Table
+    theirs: pa.Table
+    kl: Estimate | None
+    length_ratio: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Judged:
-    """What the judge says of a trial's answers, and where it selects, each prompt's value [N] (NaN: unjudged)."""
+    """What the judge says of a trial's answers, and by metric each prompt's value [N] (NaN: unjudged)."""
 
     reward: Estimate | None = None
     win_rate: Estimate | None = None
-    values_N: Floats = field(default_factory=lambda: np.zeros(0))
+    values_N: Mapping[str, Floats] = field(default_factory=dict)
     problem: str | None = None
+
+
+def check_measurable(config: RunConfig, scored: Artifact) -> None:
+    """Whether what the sweep wants to know of its trials can be found out, before any of them is trained.
+
+    Raises:
+        ConfigError: a pair, or a prompt with its longest answer, might not fit into a row; or there are too few prompts
+            to tell the KL by.
+    """
+    validation, prompts = _asked_of(config, scored)
+    check_rows(validation, config.evaluate.row_tokens, "evaluate.row_tokens")
+    check_lengths(prompts, config)
+    if config.sweep.select.max_kl is not None and len(prompts) < 2:
+        raise ConfigError(
+            "sweep.select.max_kl needs a KL, and one prompt says nothing about the spread between prompts",
+            got=f"{len(prompts)} prompt, sweep.num_prompts={config.sweep.num_prompts}",
+            expected="two validation prompts of different groups, better 16 or more",
+            fix="raise sweep.num_prompts and prepare.validation_fraction, or leave max_kl out",
+        )
+
+
+def _asked_of(config: RunConfig, scored: Artifact) -> tuple[pa.Table, pa.Table]:
+    """The validation pairs, and those of them whose prompts are answered."""
+    validation = Split(scored, "validation").table(_COLUMNS)
+    return validation, distinct_prompts(validation, config.sweep.num_prompts)
 
 
 def measure_trial(
@@ -79,22 +115,11 @@ def measure_trial(
         name, parameters, seed: of the trial.
 
     Raises:
-        ConfigError: a prompt with its longest answer might not fit into a row, or the judge cannot be used.
+        ConfigError: the judge cannot be used.
         RunError: the judge failed.
     """
-    validation = Split(scored, "validation").table(_COLUMNS)
-    check_rows(validation, config.evaluate.row_tokens, "evaluate.row_tokens")
-    prompts = distinct_prompts(validation, config.sweep.num_prompts)
-    check_lengths(prompts, config)
-    asked = Asked(
-        name="policy",
-        model=config.model,
-        frozen_base=config.train.lora is not None,
-        end_ids=turn_ends(validation),
-        weights=policy,
-    )
-    mine = Output(storage.join(out.home, WORK, policy.record.digest))
-    mine.path.mkdir(parents=True, exist_ok=True)
+    validation, prompts = _asked_of(config, scored)
+    asked, mine = _policy(config, policy, validation), _folder_of(policy, out)
     said = ask(
         config, asked, mine, executor, reporter, pairs=pair_tables(validation.select(SCORE_COLUMNS)),
         prompts=_questions(config, prompts),
@@ -111,11 +136,49 @@ def measure_trial(
         trial,
         accuracy=means.share("right"),
         margin=means.mean("margin"),
-        deviations=deviations(right_P, group_P),
+        deviations={"accuracy": deviations(right_P, group_P)},
     )
     if said.answers is not None:
-        trial = _with_answers(config, trial, asked, said.answers, prompts, executor, out, mine, reporter)
-    return replace(trial, points=_points(policy, trial, num_pairs=len(group_P), num_groups=int(group_P.max()) + 1))
+        sampled = _sampled(config, asked, said.answers, prompts, executor, out, mine, reporter)
+        trial = replace(trial, kl=sampled.kl, length_ratio=sampled.length_ratio)
+        trial = _with_judge(config, trial, sampled, prompts, executor, out, reporter)
+    return replace(trial, points=_points(policy, trial, np.bincount(group_P)))
+
+
+def sample_paused(
+    config: RunConfig, scored: Artifact, policy: Artifact, *, executor: Executor, out: Output, reporter: Reporter
+) -> Sampled | None:
+    """What a policy's answers show on the way of a trial; None where no prompts are asked. Arguments are those of
+    ``measure_trial``."""
+    validation, prompts = _asked_of(config, scored)
+    asked, mine = _policy(config, policy, validation), _folder_of(policy, out)
+    answers = ask(config, asked, mine, executor, reporter, prompts=_questions(config, prompts)).answers
+    if answers is None:
+        return None
+    return _sampled(config, asked, answers, prompts, executor, out, mine, reporter)
+
+
+def accuracy_of(share: float, sizes_G: Ints) -> Estimate:
+    """The accuracy that a training has measured, as an estimate. ``sizes_G``: pairs of each validation group."""
+    num_pairs = int(sizes_G.sum())
+    return wilson(share * num_pairs, effective_groups(sizes_G.astype(np.float64)), n=num_pairs)
+
+
+def _policy(config: RunConfig, policy: Artifact, validation: pa.Table) -> Asked:
+    return Asked(
+        name="policy",
+        model=config.model,
+        frozen_base=config.train.lora is not None,
+        end_ids=turn_ends(validation),
+        weights=policy,
+    )
+
+
+def _folder_of(policy: Artifact, out: Output) -> Output:
+    """Of what one policy says, and the reference of its answers: trials that run side by side share nothing else."""
+    mine = Output(storage.join(out.home, WORK, policy.record.digest))
+    mine.path.mkdir(parents=True, exist_ok=True)
+    return mine
 
 
 def deviations(values_P: Floats, group_P: Ints) -> tuple[float, ...]:
@@ -143,9 +206,8 @@ def _log_ratios(validation: pa.Table, said: Replies) -> tuple[Floats, Floats]:
     return chosen_P, rejected_P
 
 
-def _with_answers(
+def _sampled(
     config: RunConfig,
-    trial: Trial,
     asked: Asked,
     answers: pa.Table,
     prompts: pa.Table,
@@ -153,27 +215,36 @@ def _with_answers(
     out: Output,
     mine: Output,
     reporter: Reporter,
-) -> Trial:
-    """The trial with what its answers show. ``out`` holds what is of all trials, ``mine`` what is of this one."""
+) -> Sampled:
+    """What the policy's answers show. ``out`` holds what is of all trials, ``mine`` what is of this policy."""
     reference = replace(asked, name="reference", weights=None)
     with locked(out.path / WORK / "reference"):  # trials may be measured side by side
         theirs = ask(config, reference, out, executor, reporter, prompts=_questions(config, prompts)).answers
     scores = ask(config, reference, mine, executor, reporter, pairs=answer_tables(answers, prompts)).scores
     divergence = estimate_kl(answers, scores)
     (described,) = describe(answers, theirs, model="policy", seed=config.seed)
-    trial = replace(trial, kl=None if divergence is None else divergence.kl, length_ratio=described.length_ratio)
+    kl = None if divergence is None else divergence.kl
+    return Sampled(ours=answers, theirs=theirs, kl=kl, length_ratio=described.length_ratio)
+
+
+def _with_judge(
+    config: RunConfig,
+    trial: Trial,
+    sampled: Sampled,
+    prompts: pa.Table,
+    executor: Executor,
+    out: Output,
+    reporter: Reporter,
+) -> Trial:
+    """The trial with what the judge says of its answers, where it is asked."""
     judge = config.evaluate.judge
     if config.sweep.select.metric == "accuracy" or judge is None:
         return trial
-    judged = _judged(config, judge, prompts, _texts(answers), _texts(theirs), executor, out, reporter)
+    judged = _judged(config, judge, prompts, _texts(sampled.ours), _texts(sampled.theirs), executor, out, reporter)
     if judged.problem is not None:
         return replace(trial, failure=f"its {config.sweep.select.metric} cannot be used: {judged.problem}")
-    return replace(
-        trial,
-        reward=judged.reward,
-        win_rate=judged.win_rate,
-        deviations=deviations(judged.values_N, np.arange(len(judged.values_N))),
-    )
+    found = {name: deviations(values_N, np.arange(len(values_N))) for name, values_N in judged.values_N.items()}
+    return replace(trial, reward=judged.reward, win_rate=judged.win_rate, deviations={**trial.deviations, **found})
 
 
 def _judged(
@@ -208,12 +279,7 @@ def _judged(
         return _Judged(problem="the judge rewards none of the answers with a number")
     mine_N[~np.isfinite(mine_N)] = np.nan
     reward = Means({"": mine_N}, np.arange(len(mine_N)), seed=config.seed).mean("")
-    return replace(
-        found,
-        reward=reward,
-        values_N=mine_N if config.sweep.select.metric == "reward" else found.values_N,
-        problem=None,
-    )
+    return replace(found, reward=reward, values_N={**found.values_N, "reward": mine_N}, problem=None)
 
 
 def _won(judgements: Sequence[Judgement], prompt_ids: Sequence[str], judge: str) -> _Judged:
@@ -221,7 +287,7 @@ def _won(judgements: Sequence[Judgement], prompt_ids: Sequence[str], judge: str)
     outcomes = [judgement.outcome for judgement in judgements]
     return _Judged(
         win_rate=None if found.problem else found.win_rate,
-        values_N=np.array(outcomes, dtype=np.float64),
+        values_N={"win_rate": np.array(outcomes, dtype=np.float64)},
         problem=found.problem,
     )
 
@@ -230,13 +296,12 @@ def _texts(answers: pa.Table) -> dict[str, str]:
     return dict(zip(answers["pair_id"].to_pylist(), answers["answer"].to_pylist(), strict=True))
 
 
-def _points(policy: Artifact, trial: Trial, *, num_pairs: int, num_groups: int) -> tuple[Point, ...]:
+def _points(policy: Artifact, trial: Trial, sizes_G: Ints) -> tuple[Point, ...]:
     """What the training itself measured on the way, and the end as it was measured here."""
     end = int(policy.record.details["kept_step"])
     way: list[Point] = []
     for line in read_history(policy.file(METRICS_FILE)):
         accuracy = line.get("validation/rewards/accuracy")
         if accuracy is not None and line["step"] + 1 < end:
-            found = wilson(accuracy * num_pairs, num_groups, n=num_pairs)
-            way.append(Point(step=int(line["step"]) + 1, accuracy=found))
+            way.append(Point(step=int(line["step"]) + 1, accuracy=accuracy_of(accuracy, sizes_G)))
     return (*way, Point(step=end, accuracy=trial.accuracy, margin=trial.margin, kl=trial.kl))

@@ -28,6 +28,7 @@ from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.evaluate_models import WORK
 from dpo_train.stages.executor import Executor
+from dpo_train.stages.measure_trial import check_measurable
 from dpo_train.stages.sweep_run import SweepRun
 from dpo_train.stages.sweep_space import with_parameters
 from dpo_train.stages.train import CADENCE, train_home
@@ -50,10 +51,11 @@ def sweep(config: RunConfig, scored: Artifact, executor: Executor, *, output: Pa
     reporter = Reporter.from_environment("sweep")
 
     def body(out: Output) -> Summary:
-        _check(scored)
+        _check(config, scored)
         run = SweepRun(config, scored, executor, out, reporter)
         trials = run.all_trials()
         choice = select(trials, config.sweep.select)
+        run.bring_policy(choice.trial)
         write_frontier(trials, choice, config.sweep.select, out.path)
         return _summary(config, scored, trials, choice)
 
@@ -98,14 +100,15 @@ def _no_sweep(out: Output, config: RunConfig) -> Summary:
     return Summary(counts={"trials": 0}, details=details)
 
 
-def _check(scored: Artifact) -> None:
+def _check(config: RunConfig, scored: Artifact) -> None:
     """What only the pairs show.
 
     Raises:
-        ConfigError: there is nothing to choose on.
+        ConfigError: there is nothing to choose on, or it cannot be measured.
     """
     if not Split(scored, "validation").num_pairs:
         raise ConfigError("The sweep has no validation pairs to choose on", fix="raise prepare.validation_fraction")
+    check_measurable(config, scored)
 
 
 def _summary(config: RunConfig, scored: Artifact, trials: Sequence[Trial], choice: Choice) -> Summary:

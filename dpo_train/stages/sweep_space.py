@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,17 @@ def fixed_settings(config: RunConfig) -> list[Parameters]:
     """
     space, wanted = config.sweep.space, config.sweep.trials
     if config.sweep.search == "grid":
-        values = [each for each in space.values() if not isinstance(each, LogUniform)]
-        found = {
-            name_of(one): one for one in (dict(zip(space, each, strict=True)) for each in itertools.product(*values))
-        }
-        return list(found.values())
+        return _combinations(space)
     assert wanted is not None, "refused when the config is read"
     generator = np.random.Generator(np.random.PCG64(config.seed))
     drawn = ({key: _draw(values, generator) for key, values in space.items()} for _ in itertools.count())
     return list(itertools.islice(_new(drawn, wanted), wanted))
+
+
+def _combinations(space: Mapping[str, Any]) -> list[Parameters]:
+    """Of a space of lists, each once."""
+    found = (dict(zip(space, each, strict=True)) for each in itertools.product(*space.values()))
+    return list({name_of(one): one for one in found}.values())
 
 
 def _draw(values: tuple[Any, ...] | LogUniform, generator: np.random.Generator) -> Parameter:
@@ -105,29 +107,52 @@ def optuna_settings(config: RunConfig, try_all: Callable[[list[Parameters]], lis
     # TPE begins with random ones, by default ten: of few trials that would be all.
     sampler = optuna.samplers.TPESampler(seed=config.seed % 2**32, n_startup_trials=min(10, max(ROUND, wanted // 3)))
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    distributions = {key: _distribution(values) for key, values in config.sweep.space.items()}
     seen: set[str] = set()
     while len(seen) < wanted:
-        asked: dict[str, Any] = {}
-        settings: dict[str, Parameters] = {}
-        for _ in range(_ATTEMPTS):
-            if len(settings) == min(ROUND, wanted - len(seen)):
-                break
-            trial = study.ask(distributions)
-            setting = {
-                key: _rounded(trial.params[key], values) if isinstance(values, LogUniform) else trial.params[key]
-                for key, values in config.sweep.space.items()
-            }
-            if (name := name_of(setting)) in seen | settings.keys():
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                continue
-            asked[name], settings[name] = trial, setting
-        if not settings:
+        proposed = _proposed(study, config, seen, min(ROUND, wanted - len(seen)))
+        if not proposed:
             return  # all that there is has been tried
-        seen |= settings.keys()
-        for name, value in zip(settings, try_all(list(settings.values())), strict=True):
-            failed = optuna.trial.TrialState.FAIL
-            study.tell(asked[name], value, state=failed if value is None else None)
+        seen |= proposed.keys()
+        values = try_all([setting for _, setting in proposed.values()])
+        for (trial, _), value in zip(proposed.values(), values, strict=True):
+            study.tell(trial, value, state=optuna.trial.TrialState.FAIL if value is None else None)
+
+
+def _proposed(study: Any, config: RunConfig, seen: Collection[str], count: int) -> dict[str, tuple[Any, Parameters]]:
+    """By name up to ``count`` settings that were not tried yet, each with Optuna's trial; none: there are no more."""
+    import optuna
+
+    space = config.sweep.space
+    distributions = {key: _distribution(values) for key, values in space.items()}
+    found: dict[str, tuple[Any, Parameters]] = {}
+    for _ in range(_ATTEMPTS):
+        if len(found) == count:
+            return found
+        trial = study.ask(distributions)
+        setting = {
+            key: _rounded(trial.params[key], values) if isinstance(values, LogUniform) else trial.params[key]
+            for key, values in space.items()
+        }
+        if (name := name_of(setting)) in {*seen, *found}:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        found[name] = trial, setting
+    if not found and (other := _untried(config, seen)) is not None:
+        study.enqueue_trial(dict(other))
+        found[name_of(other)] = study.ask(distributions), other
+    return found
+
+
+def _untried(config: RunConfig, seen: Collection[str]) -> Parameters | None:
+    """A setting that was not tried yet, by chance: TPE, sure of some few, proposes them again and again, and the rest
+    of a small space would be left out."""
+    generator = np.random.Generator(np.random.PCG64([config.seed, len(seen)]))
+    space = config.sweep.space
+    if config.sweep.ranges:
+        drawn = ({key: _draw(values, generator) for key, values in space.items()} for _ in range(_ATTEMPTS))
+        return next((one for one in drawn if name_of(one) not in seen), None)
+    left = [one for one in _combinations(space) if name_of(one) not in seen]
+    return left[int(generator.integers(len(left)))] if left else None
 
 
 def _distribution(values: tuple[Any, ...] | LogUniform) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import storage_options
 from dpo_train.stages.evaluate_models import WORK
-from dpo_train.stages.executor import Executor
-from dpo_train.stages.measure_trial import measure_trial
+from dpo_train.stages.executor import Executor, TrialEnd
+from dpo_train.stages.measure_trial import measure_trial, sample_paused
+from dpo_train.stages.sweep_paused import paused_policy
+from dpo_train.stages.sweep_results import Judge, find_result, keep_result, result_content
 from dpo_train.stages.sweep_space import Parameters
 from dpo_train.stages.train import Paused, train
 
@@ -62,6 +65,11 @@ class TrialReporter(Reporter):
     def message(self, text: str) -> None:
         super().message(f"{self.name}: {text}")
 
+    def skip(self, done: int) -> None:
+        """Counts steps that were done before."""
+        if self.path is not None:
+            self._counted(done)
+
     def _counted(self, done: int) -> int:
         """Steps of all trials, this one's being ``done``. Not flushed to disk: it is done at every step."""
         folder = Path(self.folder)
@@ -88,8 +96,12 @@ class TrialTask:
     """The sweep's output."""
     home: str
     """The training's."""
+    digest: str
+    """Names the training, wherever its output lies."""
+    judges: tuple[Judge, ...]
+    """See ``judges_of``."""
     pause_at: int | None
-    reporter: Reporter
+    reporter: TrialReporter
 
     @property
     def folder(self) -> str:
@@ -97,27 +109,36 @@ class TrialTask:
         return folder_of(self.name)
 
     @property
-    def result_file(self) -> str:
-        """Where the result is kept until the sweep is complete."""
+    def failure_file(self) -> str:
+        """Where a failure is kept until the sweep is complete; a result has an address of its own."""
         rung = "end" if self.pause_at is None else f"{self.pause_at:08d}"
-        return f"{WORK}/results/{self.name}@{rung}.json"
+        return f"{WORK}/failures/{self.name}@{rung}.json"
+
+    def known(self, out: Output) -> TrialEnd | None:
+        """How it ended, if that was found out before, by this sweep or another."""
+        if (end := kept(out, self.failure_file)) is not None:
+            return TrialEnd(**end)
+        contents = [result_content(self.config, self.pause_at, judge) for judge in self.judges]
+        result = find_result(self.config.store, contents, self.digest, out.path / self.folder / METRICS_FILE)
+        return None if result is None else TrialEnd(result=result)
 
     def __call__(self, executor: Executor) -> Mapping[str, Any]:
-        """Trains, and measures if the training has come to its end.
+        """Trains, and measures what it has come to.
 
         Returns:
-            ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished.
+            ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished, else
+            ``kl`` and ``length_ratio``; ``seconds`` that this call took.
         """
+        start = time.perf_counter()
         storage.use(storage_options(self.config))
         out = Output(self.sweep)
+        (out.path / WORK).mkdir(parents=True, exist_ok=True)
         try:
-            policy = train(
-                self.training, self.scored, executor, output=self.home, reporter=self.reporter, pause_at=self.pause_at
-            )
+            policy = self.train(executor)
         except Paused as paused:
             result: dict[str, Any] = {"step": paused.step, "metrics": dict(paused.metrics)}
+            result |= self._sampled(paused.step, executor, out)
         else:
-            (out.path / WORK).mkdir(parents=True, exist_ok=True)
             trial = measure_trial(
                 self.config, self.scored, policy, name=self.name, parameters=self.parameters, seed=self.seed,
                 executor=executor, out=out, reporter=self.reporter,
@@ -126,9 +147,48 @@ class TrialTask:
             result = {"step": trial.steps, "metrics": dict(policy.record.metrics), "trial": trial_to_dict(trial)}
         finally:
             keep_curve(self.home, out, self.folder)
-        # At once: were the launching process to die now, nothing would be measured twice.
-        keep(out, self.result_file, {"result": result, "failure": None})
+        result["seconds"] = round(time.perf_counter() - start, 3)
+        self._keep(out, result)
         return result
+
+    def train(self, executor: Executor) -> Artifact:
+        """The training alone.
+
+        Raises:
+            Paused: it stands at ``pause_at``.
+        """
+        return train(
+            self.training, self.scored, executor, output=self.home, reporter=self.reporter, pause_at=self.pause_at
+        )
+
+    def _sampled(self, step: int, executor: Executor, out: Output) -> dict[str, Any]:
+        """KL and length ratio of the policy as it stands."""
+        if not self.config.sweep.num_prompts:
+            return {"kl": None, "length_ratio": None}
+        folder, name = storage.join(out.home, WORK, "paused"), f"{self.name}@{step:08d}"
+        policy = paused_policy(
+            self.training, self.scored, executor, home=self.home, step=step, target=storage.join(folder, name),
+            reporter=self.reporter,
+        )  # fmt: skip
+        found = sample_paused(self.config, self.scored, policy, executor=executor, out=out, reporter=self.reporter)
+        discard(folder, name, tell=self.reporter.message)
+        estimates = {"kl": found and found.kl, "length_ratio": found and found.length_ratio}
+        return {name: estimate and asdict(estimate) for name, estimate in estimates.items()}
+
+    def _keep(self, out: Output, result: Mapping[str, Any]) -> None:
+        """At once: were the launching process to die now, nothing would be measured twice."""
+        if result.get("trial", {}).get("failure") is not None:
+            keep(out, self.failure_file, {"result": result, "failure": None})
+            return
+        content = result_content(self.config, self.pause_at, self.judges[0])
+        keep_result(self.config.store, content, self.digest, result, out.path / self.folder / METRICS_FILE)
+
+
+def train_again(task: TrialTask, executor: Executor) -> Mapping[str, Any]:
+    """The training of a trial that is known, for its policy."""
+    storage.use(storage_options(task.config))
+    task.train(executor)
+    return {}
 
 
 def folder_of(name: str) -> str:
@@ -171,6 +231,15 @@ def bring_curve(out: Output, folder: str) -> None:
     _fetched(out, f"{folder}/{METRICS_FILE}")
 
 
+def is_complete(home: str) -> bool:
+    """Whether this output can be used."""
+    try:
+        open_artifact(home)
+    except StoreError:
+        return False
+    return True
+
+
 def exists(home: str) -> bool:
     """Whether somebody has made, or begun to make, this output."""
     if storage.is_remote(home):
@@ -178,13 +247,18 @@ def exists(home: str) -> bool:
     return any((Path(home) / name).is_file() for name in (RECORD_FILE, CLAIM_FILE))
 
 
-def remove(home: str, reporter: Reporter) -> None:
+def remove(home: str, reporter: Reporter) -> bool:
     """Takes a whole output away, its record first: nobody must find a complete one without its weights.
 
     One that another process is making right now stays.
+
+    Returns:
+        whether that is done, or cannot be.
     """
-    if not exists(home) or is_locked(local_copy(home)):
-        return
+    if not exists(home):
+        return True
+    if is_locked(local_copy(home)):
+        return False
     try:
         artifact = open_artifact(home)
     except StoreError:
@@ -194,7 +268,8 @@ def remove(home: str, reporter: Reporter) -> None:
             void(artifact)
     except (StoreError, storage.StorageUnavailableError) as error:
         reporter.message(f"note: {home} has served and could not be removed: {error}")
-        return
+        return True
     parent, name = home.rstrip("/").rsplit("/", 1)
     discard(parent, name, tell=reporter.message)
     lock_path(local_copy(home)).unlink(missing_ok=True)
+    return True

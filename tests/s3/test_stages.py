@@ -121,7 +121,8 @@ def test_the_whole_flow_is_the_same_in_a_bucket(
         for artifact in first.artifacts.values()
         for name in (*artifact.record.files, "claim.json", "record.json")
     }
-    assert set(objects) == listed
+    # What a trial measured lies there too; a sweep with another rule finds it again.
+    assert {name for name in objects if not name.startswith("trial/")} == listed
     assert s3_server.unfinished("flow") == []
     assert not any(b"test-secret" in body for body in objects.values())
     assert not any(b"test-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())

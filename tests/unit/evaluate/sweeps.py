@@ -21,7 +21,11 @@ def trial(beta: float, right: int, kl: float | None, *, seed: int = 0, of: int =
     values = [1.0] * right + [0.0] * (of - right)
     steps = (20, 40, 80)
     points = tuple(
-        Point(step=step, accuracy=estimate(0.5 + (accuracy - 0.5) * share, 0.06))
+        Point(
+            step=step,
+            accuracy=estimate(0.5 + (accuracy - 0.5) * share, 0.06),
+            kl=None if kl is None else estimate(kl * share, 0.3, 16),
+        )
         for step, share in zip(steps, (0.4, 0.75, 1.0), strict=True)
     )
     parameters = {"beta": beta, **fields.pop("parameters", {})}
@@ -36,7 +40,7 @@ def trial(beta: float, right: int, kl: float | None, *, seed: int = 0, of: int =
             "margin": estimate(beta * 3),
             "kl": None if kl is None else estimate(kl, 0.2 * kl + 0.1, 16),
             "length_ratio": estimate(1 + 0.02 * (kl or 0), 0.1, 16),
-            "deviations": tuple((value - accuracy) / of for value in values),
+            "deviations": {"accuracy": tuple((value - accuracy) / of for value in values)},
             "points": points,
             **fields,
         }
@@ -53,7 +57,7 @@ def sweep() -> list[Trial]:
         trial(0.05, 84, 7.4, seed=1),
         trial(0.1, 82, 3.4),
         trial(0.1, 80, 2.9, seed=1),
-        trial(0.2, 74, None, stopped="at step 40: 5th of 8 by rewards/accuracy", steps=40, accuracy=None),
+        trial(0.2, 74, 1.5, stopped="at step 40: 5th of 8 by rewards/accuracy", steps=40),
         trial(0.5, 66, 0.3),
         trial(1.0, 60, 0.05),
     ]

@@ -56,7 +56,7 @@ def test_curves_show_stopped_trials_too() -> None:
     assert "beta=0.2" not in {mark.name for mark in drawn.marks}
 
 
-def test_path_of_a_trial_follows_its_kl() -> None:
+def test_way_of_a_setting_follows_its_kl() -> None:
     """Where KL and accuracy were measured on the way: through both to the end."""
     points = (
         Point(step=10, accuracy=estimate(0.6), kl=estimate(1.0)),
@@ -64,9 +64,34 @@ def test_path_of_a_trial_follows_its_kl() -> None:
         Point(step=40, accuracy=estimate(0.7), kl=estimate(2.0)),
     )
 
-    (mark,) = picture([trial(0.1, 70, 2.0, points=points)], None, CONFIG).marks
+    (way,) = picture([trial(0.1, 70, 2.0, points=points)], None, CONFIG).ways
 
-    assert mark.path == ((1.0, 0.6), (2.0, 0.7))
+    assert (way.steps, way.is_stopped, way.has_seeds) == ((10, 40), False, False)
+    assert [(kl.value, found.value) for kl, found in zip(way.kl, way.accuracy, strict=True)] == [(1.0, 0.6), (2.0, 0.7)]
+
+
+def test_ways_of_seeds_are_one_with_a_band_and_stopped_ones_end_without_a_mark() -> None:
+    """beta 0.1 after 20 steps: KL 0.4 * 3.4 and 0.4 * 2.9, accuracies 0.5 + 0.4 * 0.32 and 0.5 + 0.4 * 0.30, and an
+    interval wider than each seed's. The trial that halving stopped is there, the failed one is not."""
+    drawn = picture(sweep(), None, CONFIG)
+    ways = {way.name: way for way in drawn.ways}
+
+    seeds = ways["beta=0.1"]
+    assert seeds.has_seeds
+    assert (seeds.kl[0].value, seeds.accuracy[0].value) == (pytest.approx(0.4 * 3.15), pytest.approx(0.624))
+    assert seeds.accuracy[0].high - seeds.accuracy[0].low > 0.12
+    assert [name for name, way in ways.items() if way.is_stopped] == ["beta=0.2"]
+    assert "beta=0.005" not in ways
+    assert min(kl.value for kl in drawn.all_x) == pytest.approx(0.4 * 0.05)
+
+
+def test_one_rung_is_a_way_of_what_was_stopped_there_alone() -> None:
+    """Of a trial that came to its end the mark shows as much. Where rewards select, accuracies have no place."""
+    once = (Point(step=40, accuracy=estimate(0.7), kl=estimate(2.0)),)
+    trials = [trial(0.1, 70, 2.0, points=once), trial(0.5, 70, 2.0, points=once, stopped="at step 40")]
+
+    assert [way.name for way in picture(trials, None, CONFIG).ways] == ["beta=0.5"]
+    assert picture(trials, None, SelectConfig(metric="reward")).ways == ()
 
 
 def test_without_kl_settings_stand_side_by_side() -> None:

@@ -21,6 +21,7 @@ from dpo_train.evaluate.trials import (
     pool,
     pool_estimates,
     select,
+    shown,
     to_dict,
 )
 from dpo_train.findings import Estimate
@@ -43,7 +44,7 @@ def trial(right: str, *, beta: float = 0.1, seed: int = 0, **fields: Any) -> Tri
         parameters=parameters,
         seed=seed,
         accuracy=fields.pop("accuracy", estimate(mean, n=len(values))),
-        deviations=tuple((value - mean) / len(values) for value in values),
+        deviations={"accuracy": tuple((value - mean) / len(values) for value in values)},
         **fields,
     )
 
@@ -222,6 +223,32 @@ def test_trials_json_gives_back_what_was_written() -> None:
 
     assert read == (trials, choice)
     assert from_dict(to_dict((), None, ACCURACY)) == ((), None)
+
+
+def test_number_that_is_not_finite_is_none_in_the_file() -> None:
+    """JSON has no infinity: a reward without bounds, and a KL on the way that is no number."""
+    whole = trial(
+        "110", reward=estimate(math.inf), points=(Point(step=20, accuracy=estimate(0.5), kl=estimate(math.nan)),)
+    )
+
+    (read,), _ = from_dict(json.loads(json.dumps(to_dict([whole], None, ACCURACY), allow_nan=False)))
+
+    assert read == dataclasses.replace(whole, reward=None, points=(Point(step=20, accuracy=estimate(0.5)),))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1, "0.1"), (1.0, "1"), (2e-05, "2e-05"), (0.1234567, "0.1234567"), (3, "3"), ("ipo", "ipo")]
+)
+def test_values_are_shown_with_all_their_digits(value: float | str, text: str) -> None:
+    """Two betas that differ in the seventh digit are two settings."""
+    assert shown(value) == text
+
+
+def test_seeds_that_failed_are_noted_of_the_winner() -> None:
+    """One of two diverged: the setting counts by the other one, and the choice says so."""
+    choice = select([trial("1111"), dataclasses.replace(failed(0.1), seed=1, name="beta=0.1,seed=1")], ACCURACY)
+
+    assert choice.notes == ("1 of 2 seeds of beta=0.1 failed; the others speak for it",)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_train.artifacts import Artifact, Output
-from dpo_train.config import FunctionJudge, RunConfig
+from dpo_train.config import FunctionJudge, RunConfig, SelectConfig
 from dpo_train.data.shards import Split, list_sums
 from dpo_train.errors import ConfigError
+from dpo_train.evaluate.statistics import wilson
 from dpo_train.evaluate.trials import Trial
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages import prepare, score_reference, train
 from dpo_train.stages.executor import InProcess, TableFunction
-from dpo_train.stages.measure_trial import deviations, measure_trial
+from dpo_train.stages.measure_trial import accuracy_of, check_measurable, deviations, measure_trial
+from dpo_train.train.job import RankJob
+from dpo_train.train.map_job import MapJob
 from tests.tiny import tiny_config
 
 LOCAL = InProcess()
@@ -89,8 +92,8 @@ def test_validation_pairs_are_measured_and_no_held_out_one(made: Made, tmp_path:
     assert trial.margin.value == pytest.approx(policy.record.metrics["validation/rewards/margin"], rel=1e-4)
     assert trial.margin.low < trial.margin.value < trial.margin.high
     groups = set(Split(scored, "validation").table(["group"])["group"].to_pylist())
-    assert len(trial.deviations) == len(groups)
-    assert sum(trial.deviations) == pytest.approx(0, abs=1e-5)
+    assert len(trial.deviations["accuracy"]) == len(groups)
+    assert sum(trial.deviations["accuracy"]) == pytest.approx(0, abs=1e-5)
     asked = {name for file in tmp_path.rglob("*.parquet") for name in pq.read_table(file)["pair_id"].to_pylist()}
     assert asked == set(Split(scored, "validation").table(["pair_id"])["pair_id"].to_pylist())
 
@@ -183,7 +186,7 @@ def test_reward_is_the_judges_mean_over_prompts(made: Made, tmp_path: Path, monk
     assert trial.reward.value == pytest.approx(np.mean(list(mine.values())))
     wins = [(mine[each] > others[each]) + 0.5 * (mine[each] == others[each]) for each in mine]
     assert trial.win_rate.value == pytest.approx(np.mean(wins))
-    assert len(trial.deviations) == 6
+    assert {name: len(found) for name, found in trial.deviations.items()} == {"accuracy": 8, "win_rate": 6, "reward": 6}
     assert (first.others, again.others) == (2, 1)
 
 
@@ -199,7 +202,7 @@ def test_win_rate_is_against_the_references_answers(
 
     assert trial.win_rate is not None
     assert (trial.win_rate.value, trial.win_rate.n) == (0.5, 6)
-    assert trial.deviations == (0.0,) * 6
+    assert trial.deviations["win_rate"] == (0.0,) * 6
 
 
 def test_judge_with_nothing_to_say_fails_the_trial_not_the_sweep(
@@ -235,14 +238,49 @@ def test_policy_whose_log_probs_are_no_numbers_is_a_failed_trial(made: Made, tmp
     assert trial.accuracy is None
 
 
-def test_answer_that_may_not_fit_a_row_is_refused(made: Made, tmp_path: Path) -> None:
-    """Before a model is asked."""
+def test_accuracy_on_the_way_counts_groups_not_pairs() -> None:
+    """16 pairs of 8 conversations say as much as 8: 0.75 by Wilson's interval over 8."""
+    found = accuracy_of(0.75, np.array([2] * 8))
+
+    assert found == wilson(12, 8, n=16)
+    assert found.n == 16
+
+
+def test_trials_side_by_side_share_no_folder_of_parts(made: Made, tmp_path: Path) -> None:
+    """Ranks that hold a model together leave results in files: two trials name no file in common but those of the
+    reference's answers, which one of them asks for while the other waits."""
     config, scored, policy = made
-    counting = Counting()
+    other = train(replace(config, train=replace(config.train, beta=0.5)), scored, LOCAL)
+    sharded = replace(config, compute=replace(config.compute, score_sharded=True))
+
+    class Noting(InProcess):
+        def __init__(self) -> None:
+            self.folders: set[tuple[str, str]] = set()
+
+        def run_ranks(self, job: RankJob) -> None:
+            assert isinstance(job, MapJob)
+            self.folders.add((job.output, job.folder))
+            super().run_ranks(job)
+
+    first, second = Noting(), Noting()
+    for noting, trained in ((first, policy), (second, other)):
+        measured(sharded, scored, trained, tmp_path, noting)
+
+    assert len(first.folders) == 4
+    assert len(second.folders) == 3
+    assert first.folders & second.folders == set()
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(made: Made) -> None:
+    """An answer that may not fit a row, pairs that do not, and a KL of one prompt."""
+    config, scored, _ = made
     longer = replace(config, evaluate=replace(config.evaluate, max_sample_tokens=250))
+    shorter = replace(config, evaluate=replace(config.evaluate, row_tokens=16))
+    alone = replace(config, sweep=replace(config.sweep, num_prompts=1, select=SelectConfig(max_kl=1.0)))
 
-    with pytest.raises(ConfigError, match=r"evaluate.row_tokens to \d+"):
-        measured(longer, scored, policy, tmp_path, counting)
-
-    assert counting.models == 0
-    assert list(tmp_path.iterdir()) == []
+    for wrong, message in (
+        (longer, r"evaluate.row_tokens to \d+"), (shorter, "evaluate.row_tokens"), (alone, "raise sweep.num_prompts"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            check_measurable(wrong, scored)
+    check_measurable(config, scored)

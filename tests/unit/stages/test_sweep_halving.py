@@ -37,6 +37,18 @@ def test_odd_numbers_are_rounded_up_and_without_a_factor_all_go_to_the_end(
     assert all(before.end < after.end for before, after in itertools.pairwise(plan))
 
 
+def test_parts_are_pauses_at_which_all_that_are_there_go_on() -> None:
+    """Quarters of four settings that are halved: a quarter and a half are rungs already, at three quarters one is
+    left. Without halving all four pause at each."""
+    ends = [Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1)]
+
+    assert [(rung.end, rung.keep) for rung in rungs(4, 2, 4)] == list(zip(ends, [2, 1, 1, 1], strict=True))
+    assert [(rung.end, rung.keep) for rung in rungs(4, None, 4)] == [(end, 4) for end in ends]
+    assert [(rung.end, rung.keep) for rung in rungs(4, 2, 3)] == [
+        (Fraction(1, 4), 2), (Fraction(1, 3), 2), (Fraction(1, 2), 1), (Fraction(2, 3), 1), (Fraction(1), 1),
+    ]  # fmt: skip
+
+
 def test_a_training_pauses_after_its_share_of_steps_and_never_before_the_first() -> None:
     """An eighth of 100 steps is 12.5, to the even 12; an eighth of three is still one; the last rung has no pause."""
     assert pause_step(100, Fraction(1, 8)) == 12
@@ -54,3 +66,15 @@ def test_the_best_go_first_and_ties_to_the_more_careful() -> None:
     values = dict(zip(names, (0.9, 0.1, 0.5), strict=False))  # the fourth has failed
     assert ranked(values, settings, "rewards/accuracy") == [names[0], names[2], names[1]]
     assert ranked(values, settings, "loss") == [names[1], names[2], names[0]]
+
+
+def test_what_is_over_a_budget_comes_last_however_good() -> None:
+    """And among those the better one first."""
+    settings = [{"beta": beta} for beta in (0.1, 0.2, 0.5)]
+    values = {"beta=0.1": 0.9, "beta=0.2": 0.8, "beta=0.5": 0.6}
+
+    assert ranked(values, settings, "rewards/accuracy", {"beta=0.1", "beta=0.2"}) == [
+        "beta=0.5",
+        "beta=0.1",
+        "beta=0.2",
+    ]

@@ -109,6 +109,22 @@ def test_optuna_stops_where_all_has_been_tried(config: RunConfig) -> None:
     assert sorted(float(one["beta"]) for each in rounds for one in each) == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_optuna_tries_as_many_as_asked_for_though_it_is_sure_of_some(config: RunConfig, seed: int) -> None:
+    """Twelve betas, of which the smallest are told to be best by far: TPE repeats itself, and twelve are tried."""
+    pytest.importorskip("optuna")
+    betas: list[float] = []
+
+    def try_all(settings: list[Parameters]) -> list[float | None]:
+        betas.extend(float(one["beta"]) for one in settings)
+        return [-float(one["beta"]) for one in settings]
+
+    twelve = tuple(round(0.1 * number, 1) for number in range(1, 13))
+    optuna_settings(of(config, seed=seed, betas=twelve, search="optuna", trials=12), try_all)
+
+    assert sorted(betas) == list(twelve)
+
+
 def test_missing_optuna_names_its_extra(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that cannot be imported is one to install."""
     monkeypatch.setitem(sys.modules, "optuna", None)
