@@ -15,7 +15,7 @@ from dpo_train import storage
 from dpo_train.artifacts import Artifact, open_artifact
 from dpo_train.cluster import job as jobs
 from dpo_train.config import RunConfig
-from dpo_train.errors import ConfigError, RunError
+from dpo_train.errors import ConfigError, DpoError, RunError
 from dpo_train.preflight import use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
 
@@ -56,12 +56,15 @@ def run_elsewhere(
         print(f"{job.name}: {text}", flush=True)
         reporter.message(text)
 
-    with _terminable():
-        ended = launcher.run(job, tell=tell, line=_printer(stage))
     try:
+        with _terminable():
+            ended = launcher.run(job, tell=tell, line=_printer(stage))
         return _answer(job, ended)
     except BaseException as error:
-        _end_runs(config, stage, run_id, error)
+        try:
+            _end_runs(config, stage, run_id, error)
+        except DpoError as second:
+            tell(f"its MLflow run stays open: {second}")
         raise
 
 
@@ -150,6 +153,7 @@ def _end_runs(config: RunConfig, stage: str, run_id: str | None, error: BaseExce
     from dpo_train.tracking import Tracking
 
     tracking = Tracking(config)
+    status = "FAILED" if isinstance(error, Exception) else "KILLED"
     for run in (tracking.find_child(run_id, "dpo.stage", stage), run_id):
         if run is not None and tracking.is_running(run):
-            tracking.end(run, "FAILED", f"{type(error).__name__}: {error}")
+            tracking.end(run, status, f"{type(error).__name__}: {error}")

@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     def work(display: Display) -> None:
         from pipelines.local import run_local
 
-        display.note(f"starting {'Ray' if config.compute.executor == 'ray' else 'the pipeline'} ...")
+        own_ray = config.compute.executor == "ray" and config.cluster.launcher == "none"
+        display.note(f"starting {'Ray' if own_ray else 'the pipeline'} ...")
         with launch.session(config), end_children():
             run_local(to_text(config), arguments.name)
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import chat, commands, export, models, runs
+from dpo_train.cli import chat, commands, export, job, kubeflow, models, plan, reap, runs
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -24,6 +24,10 @@ start here:
   dpo chat my.yaml                          talk to champion, challenger and reference side by side
   dpo promote my.yaml                       make the challenger the champion
   dpo export my.yaml FOLDER                 the champion as a plain Hugging Face folder
+
+on a cluster:
+  dpo plan my.yaml --gpu H100               what it takes: memory, hours, cost
+  dpo submit my.yaml --wait                 the same pipeline on Kubeflow; dpo logs, dpo cancel, dpo runs --kfp
 
 exit codes: 0 success; 1 the run failed; 2 a mistake in what was given; 3 complete, but the gate refused the model;
 130 interrupted (the same command continues from the last complete output)
@@ -75,6 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     again = subparsers.add_parser("reproduce", help=runs.REPRODUCE_HELP, description=f"{runs.REPRODUCE_HELP}.")
     runs.add_reproduce_arguments(again)
     again.set_defaults(command=runs.reproduce)
+    _with_config(subparsers, "submit", kubeflow.SUBMIT_HELP, kubeflow.submit, kubeflow.add_submit_arguments)
+    _with_config(subparsers, "cancel", kubeflow.CANCEL_HELP, kubeflow.cancel, kubeflow.add_cancel_arguments)
+    _with_config(subparsers, "logs", kubeflow.LOGS_HELP, kubeflow.logs, kubeflow.add_logs_arguments)
+    _with_config(subparsers, "plan", plan.HELP, plan.plan, plan.add_arguments)
     promote = _with_config(subparsers, "promote", "make a registered version the champion", models.promote)
     promote.add_argument("--version", metavar="N", help="number or alias of the version (default: the challenger)")
     _with_config(subparsers, "rollback", "make the champion before this one champion again", models.rollback)
@@ -87,7 +95,22 @@ def build_parser() -> argparse.ArgumentParser:
     gc = _with_config(subparsers, "gc", "list outputs that no run refers to, and remove them on request", commands.gc)
     gc.add_argument("--keep-runs", metavar="N", type=_count, help="forget all but the newest N runs first")
     gc.add_argument("--remove", action="store_true", help="remove what is listed")
+    _plain(subparsers, "job", job.HELP, job.job, job.add_arguments)
+    _plain(subparsers, "reap", reap.HELP, reap.reap, reap.add_arguments)
     return parser
+
+
+def _plain(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    command: Callable[[argparse.Namespace], int],
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    """A command that has no config: clusters call it."""
+    parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    add_arguments(parser)
+    parser.set_defaults(command=command)
 
 
 def _count(text: str) -> int:

@@ -43,6 +43,7 @@ def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each run, one a line")
+    parser.add_argument("--kfp", action="store_true", help="list the runs on Kubeflow Pipelines instead")
     parser.add_argument("--send", action="store_true", help="send what an outage of MLflow has left in the store")
 
 
@@ -66,6 +67,10 @@ def runs(arguments: argparse.Namespace) -> int:
     launch.use_storage(config)
     if arguments.limit < 1:
         raise ConfigError("--limit must be at least 1", got=arguments.limit)
+    if arguments.kfp:
+        from dpo_train.cli.kubeflow import kubeflow_runs
+
+        return kubeflow_runs(config, arguments.limit)
     with patience():
         return _send(config) if arguments.send else _list(config, arguments)
 

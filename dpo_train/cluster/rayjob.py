@@ -34,6 +34,9 @@ CACHE_PATH = "/var/cache/dpo"
 USER = 1000
 """The image's user; files on volumes get its group."""
 
+RAY_VERSION = "2.60.0"
+"""Of the image. KubeRay takes a job with tokens only if it is told, and this machine may have no Ray to ask."""
+
 _SUBMITTER = PodConfig(cpus=0.5, memory="512Mi")
 _CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 _POD_SECURITY = {
@@ -51,6 +54,9 @@ _NCCL = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
 }
+
+_STOPPING = {"RAY_JOB_STOP_WAIT_TIME_S": "20"}
+"""From SIGTERM to SIGKILL of a job that is stopped: it ends its MLflow run meanwhile. Ray's own is 3 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,7 @@ def _spec(job: Job, config: RunConfig) -> dict[str, Any]:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": cluster.keep_seconds,
         "rayClusterSpec": {
+            "rayVersion": RAY_VERSION,
             "authOptions": {"mode": "token"},
             "headGroupSpec": {
                 "serviceType": "ClusterIP",
@@ -134,7 +141,8 @@ def _spec(job: Job, config: RunConfig) -> dict[str, Any]:
             "workerGroupSpecs": [
                 {
                     "groupName": "workers",
-                    "replicas": most,
+                    # KubeRay calls a cluster ready, and submits, when all of these run: the least are enough.
+                    "replicas": least,
                     "minReplicas": least,
                     "maxReplicas": most,
                     "rayStartParams": {},
@@ -145,10 +153,10 @@ def _spec(job: Job, config: RunConfig) -> dict[str, Any]:
     }
     if least < most:
         spec["rayClusterSpec"]["enableInTreeAutoscaling"] = True
+        spec["rayClusterSpec"]["autoscalerOptions"] = {"securityContext": _CONTAINER_SECURITY}
     if cluster.queue is not None:
         spec["suspend"] = True  # until Kueue admits it
-    if job.environment:
-        spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": job.environment})
+    spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": {**_STOPPING, **job.environment}})
     return spec
 
 

@@ -54,6 +54,9 @@ def check(config: RunConfig, origin: str) -> None:
         ),
         **_tensor_parallel_mistakes(config),
         "compute.min_workers is above compute.workers": (config.compute.min_workers or 1) > config.compute.workers,
+        "compute.min_workers lets a cluster grow and shrink, which Kueue (cluster.queue) does not admit": (
+            config.compute.min_workers is not None and config.cluster.queue is not None
+        ),
         "compute.min_workers needs Ray, and compute.executor is local": (
             config.compute.min_workers is not None
             and (config.compute.executor == "local" and config.cluster.launcher == "none")

@@ -42,7 +42,8 @@ class PackedForward(nn.Module):
         num_tokens = len(row.input_ids_T)
         row = row if self.static_tokens is None else row.padded(self.static_tokens)
         experts = layout.experts if with_router else None
-        with autocast(self._device):
+        # Each weight is used once a row: kept, its bf16 copy would outlive its use, whole on every rank under FSDP2.
+        with autocast(self._device, keep_casts=False):
             outputs = self.model.get_decoder()(
                 input_ids=row.input_ids_T[None],
                 position_ids=row.positions_T[None],
@@ -59,6 +60,12 @@ class PackedForward(nn.Module):
         return RowLogps(token_logps_A, squares_A, router)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 compute on GPUs; fp32 on CPUs."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
+    """bf16 compute on GPUs; fp32 on CPUs.
+
+    Args:
+        keep_casts: bf16 copies of fp32 weights stay until the end, for weights that are used many times.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=keep_casts)

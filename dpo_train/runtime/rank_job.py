@@ -52,7 +52,7 @@ def run_ranks(job: RankJob, compute: ComputeConfig) -> None:
     cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / least) * CPU_SHARE
     cpus = math.floor(cpus * 1000) / 1000  # Ray counts in thousandths
     _drop_note(job)
-    relay = open_relay(ray)
+    relay = open_relay(ray, grows=elastic)
     # Workers that cannot be placed count as the controller's failures, which Ray would retry for ever.
     failures = FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3)
     with tempfile.TemporaryDirectory(prefix="dpo-ranks-", ignore_cleanup_errors=True) as storage:

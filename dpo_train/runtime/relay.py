@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from dpo_train import progress
+
+DRAIN_SECONDS = 30.0
+
+_LOG = logging.getLogger(__name__)
 
 
 class _Writer:
@@ -17,9 +22,13 @@ class _Writer:
         """Comes back once all that was sent before has been written."""
 
 
-def open_relay(ray: Any) -> Any:
-    """The actor, or None where there is one machine and every worker reaches the file by itself."""
-    if len([node for node in ray.nodes() if node["Alive"]]) < 2:
+def open_relay(ray: Any, *, grows: bool) -> Any:
+    """The actor, or None where there is one machine and every worker reaches the file by itself.
+
+    Args:
+        grows: machines may come while the work goes on.
+    """
+    if not grows and len([node for node in ray.nodes() if node["Alive"]]) < 2:
         return None
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -34,6 +43,11 @@ def use_relay(relay: Any) -> None:
 
 
 def drain(ray: Any, relay: Any) -> None:
-    """In the driver: waits until every event that was sent stands in its file."""
-    if relay is not None:
-        ray.get(relay.drain.remote())
+    """In the driver: waits until every event that was sent stands in its file. Events are for show: no error of theirs
+    ends the work that they are about."""
+    if relay is None:
+        return
+    try:
+        ray.get(relay.drain.remote(), timeout=DRAIN_SECONDS)
+    except Exception:
+        _LOG.warning("events of other machines may be missing", exc_info=True)

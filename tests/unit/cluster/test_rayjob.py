@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from dpo_train.cluster.job import NAME_LENGTH, job_for
-from dpo_train.cluster.rayjob import Owner, hash_of, manifest, num_pods, spec_hash
+from dpo_train.cluster.rayjob import RAY_VERSION, Owner, hash_of, manifest, num_pods, spec_hash
 from dpo_train.config import RunConfig, parse_config
 from dpo_train.errors import ConfigError
 from tests.cluster.configs import CONFIGS, config_of
@@ -89,7 +90,11 @@ def test_the_entry_point_names_the_folder_and_nothing_else() -> None:
     name = job["metadata"]["name"]
     assert job["spec"]["entrypoint"] == f"dpo job 's3://bucket/my store/jobs/{name}'"
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {
-        "env_vars": {"AWS_ENDPOINT_URL": "http://minio.team-a:9000", "AWS_REGION": "eu-west-1"}
+        "env_vars": {
+            "AWS_ENDPOINT_URL": "http://minio.team-a:9000",
+            "AWS_REGION": "eu-west-1",
+            "RAY_JOB_STOP_WAIT_TIME_S": "20",
+        }
     }
 
 
@@ -206,3 +211,46 @@ def test_a_job_without_an_image_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"needs an image.*cluster\.image"):
         manifest(job_for("train", config, {}), config, namespace="n")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_job_passes_what_the_operator_asks_beyond_the_schema(name: str) -> None:
+    """KubeRay's own validation, which ends a job as ValidationFailed: tokens want a version, names are short, workers
+    are within their bounds, a job that Kueue suspends shuts its cluster down."""
+    job = made(config_of(name))
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+
+    assert cluster["authOptions"]["mode"] == "token"
+    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52, 0)
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert group["template"]["spec"]["containers"]
+    assert spec["shutdownAfterJobFinishes"] or not spec.get("suspend")
+    assert spec["ttlSecondsAfterFinished"] >= 0
+    assert "clusterSelector" not in spec
+
+
+def test_version_of_ray_is_that_of_the_image() -> None:
+    """The image is made from the lock."""
+    lock = (Path(__file__).parents[3] / "requirements.lock").read_text()
+
+    assert f"ray=={RAY_VERSION}" in lock.splitlines()
+
+
+def test_elastic_job_begins_with_the_least_and_its_autoscaler_is_restricted() -> None:
+    """KubeRay submits when all pods of `replicas` run, and adds the autoscaler to the head, with an account of its own."""
+    cluster = made(config_of("elastic"))["spec"]["rayClusterSpec"]
+    group = cluster["workerGroupSpecs"][0]
+
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+    assert "serviceAccountName" not in cluster["headGroupSpec"]["template"]["spec"]
+
+
+def test_kueue_and_elastic_contradict_each_other() -> None:
+    """Kueue's webhook refuses a job that scales itself; it is said before anything is sent."""
+    tree = {"model": {"path": "m"}, "prepare": {"path": "s3://b/d"}, "compute": {"workers": 4, "min_workers": 2}}
+
+    with pytest.raises(ConfigError, match=r"Kueue"):
+        parse_config(json.dumps({**tree, "cluster": {"launcher": "rayjob", "queue": "q"}}))
