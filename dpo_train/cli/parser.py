@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import chat, commands, export, job, kubeflow, models, plan, reap, runs
+from dpo_train.cli import chat, commands, doctor, export, job, kubeflow, models, plan, reap, runs
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -26,6 +26,7 @@ start here:
   dpo export my.yaml FOLDER                 the champion as a plain Hugging Face folder
 
 on a cluster:
+  dpo doctor my.yaml                        is everything there that this config needs?
   dpo plan my.yaml --gpu H100               what it takes: memory, hours, cost
   dpo submit my.yaml --wait                 the same pipeline on Kubeflow; dpo logs, dpo cancel, dpo runs --kfp
 
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(subparsers, "submit", kubeflow.SUBMIT_HELP, kubeflow.submit, kubeflow.add_submit_arguments)
     _with_config(subparsers, "cancel", kubeflow.CANCEL_HELP, kubeflow.cancel, kubeflow.add_cancel_arguments)
     _with_config(subparsers, "logs", kubeflow.LOGS_HELP, kubeflow.logs, kubeflow.add_logs_arguments)
+    _with_config(subparsers, "doctor", doctor.HELP, doctor.doctor, doctor.add_arguments)
     _with_config(subparsers, "plan", plan.HELP, plan.plan, plan.add_arguments)
     promote = _with_config(subparsers, "promote", "make a registered version the champion", models.promote)
     promote.add_argument("--version", metavar="N", help="number or alias of the version (default: the challenger)")

@@ -238,7 +238,7 @@ def test_version_of_ray_is_that_of_the_image() -> None:
 
 
 def test_elastic_job_begins_with_the_least_and_its_autoscaler_is_restricted() -> None:
-    """KubeRay submits when all pods of `replicas` run, and adds the autoscaler to the head, with an account of its own."""
+    """KubeRay submits when all pods of `replicas` run, and adds the autoscaler to the head."""
     cluster = made(config_of("elastic"))["spec"]["rayClusterSpec"]
     group = cluster["workerGroupSpecs"][0]
 
