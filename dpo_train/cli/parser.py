@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import chat, commands, doctor, export, job, kubeflow, models, plan, reap, runs
+from dpo_train.cli import chat, commands, doctor, export, job, kubeflow, models, plan, reap, runs, schedule
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -29,6 +29,7 @@ on a cluster:
   dpo doctor my.yaml                        is everything there that this config needs?
   dpo plan my.yaml --gpu H100               what it takes: memory, hours, cost
   dpo submit my.yaml --wait                 the same pipeline on Kubeflow; dpo logs, dpo cancel, dpo runs --kfp
+  dpo schedule my.yaml create --cron "0 3 * * *"     again every night
 
 exit codes: 0 success; 1 the run failed; 2 a mistake in what was given; 3 complete, but the gate refused the model;
 130 interrupted (the same command continues from the last complete output)
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(subparsers, "submit", kubeflow.SUBMIT_HELP, kubeflow.submit, kubeflow.add_submit_arguments)
     _with_config(subparsers, "cancel", kubeflow.CANCEL_HELP, kubeflow.cancel, kubeflow.add_cancel_arguments)
     _with_config(subparsers, "logs", kubeflow.LOGS_HELP, kubeflow.logs, kubeflow.add_logs_arguments)
+    _with_config(subparsers, "schedule", schedule.HELP, schedule.schedule, schedule.add_arguments)
     _with_config(subparsers, "doctor", doctor.HELP, doctor.doctor, doctor.add_arguments)
     _with_config(subparsers, "plan", plan.HELP, plan.plan, plan.add_arguments)
     promote = _with_config(subparsers, "promote", "make a registered version the champion", models.promote)

@@ -29,6 +29,7 @@ from dpo_train.errors import MissingPackageError, RunError, first_line
 IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where Kubernetes mounts a pod's login."""
 MERGE_PATCH = "application/merge-patch+json"
+JSON_PATCH = "application/json-patch+json"
 PATIENCE_S = 120.0
 """How long a request is tried again before the cluster counts as out of reach."""
 FIRST_PAUSE_S = 0.5

@@ -69,6 +69,12 @@ def _explained(status: int, words: str, action: str, namespace: str, role: str) 
             "The cluster does not accept this login",
             "the token has expired or belongs to another cluster: log in again, or renew the kubeconfig",
         )
+    if status == 403 and "exceeded quota" in words and "rayjobs" in words:
+        return (
+            f"The quota of the namespace {namespace} allows no more RayJobs",
+            f"ended ones count until they are removed, a day after their end: `dpo reap --namespace {namespace} "
+            "--keep-hours 1` makes room now. Else wait, or have the quota raised",
+        )
     if status == 403 and "exceeded quota" in words:
         return (
             f"The quota of the namespace {namespace} does not allow it",

@@ -2,8 +2,8 @@
 
     none there                         lay job.json, drop an old result, create
     there and alive, same content      adopt: the caller was restarted, or another one waits for the same
-    there and succeeded, result there  nothing to do
-    there and ended otherwise          delete, wait until it is gone, create
+    there and succeeded in this run    nothing to do, if its result is there
+    there and ended otherwise          delete, wait until it and its pods are gone, create
     there and alive, other content     an error: two configs cannot share a name
 
 A job that has run and failed is not started again within one ``run``: whoever calls decides about another attempt.
@@ -21,19 +21,20 @@ from dpo_train.cluster import heartbeat
 from dpo_train.cluster import job as jobs
 from dpo_train.cluster.heartbeat import Heartbeat
 from dpo_train.cluster.job import Ended, Job
-from dpo_train.cluster.kube import MERGE_PATCH, PATIENCE_S, READ_TIMEOUT_S, Kube
+from dpo_train.cluster.kube import MERGE_PATCH, Kube
 from dpo_train.cluster.kube_errors import ANOTHER, ClusterError, RefusedError
 from dpo_train.cluster.rayjob import API_VERSION, MANAGED_BY, SPEC_HASH, Owner, manifest, spec_hash
 from dpo_train.cluster.rayjob_logs import LogReader
 from dpo_train.cluster.rayjob_owner import owner_of_this_pod
 from dpo_train.cluster.rayjob_pods import obstacles
+from dpo_train.cluster.rayjob_removal import delete, give_up
 from dpo_train.cluster.rayjob_state import Phase, ended_of, phase_of, words_of
 from dpo_train.cluster.watching import watch
 from dpo_train.config import RunConfig
 from dpo_train.errors import DpoError, RunError
 
 REMOVAL_S = 300.0
-"""KubeRay stops the Ray job before it lets a RayJob go."""
+"""KubeRay stops the Ray job before it lets a RayJob go, and its pods may take their time to end."""
 POLL_S = 1.0
 QUIET_S = 60.0
 """A job that has not begun after so long is asked why, and then as often again."""
@@ -56,7 +57,8 @@ class RayJobLauncher:
     def run(self, job: Job, *, tell: Callable[[str], None], line: Callable[[str], None]) -> Ended:
         """Starts the job, or finds it, and comes back when it has ended; see ``cluster.job.Launcher``.
 
-        An interrupt removes the job. An error of the cluster leaves it: the next call finds it.
+        An interrupt removes the job, unless other workflows wait for it too. An error of the cluster leaves it: the
+        next call finds it.
         """
         voice = _Voice(tell, line)
         try:
@@ -96,6 +98,9 @@ class _Run:
         self._collection = f"/apis/{API_VERSION}/namespaces/{kube.namespace}/rayjobs"
         self._path = f"{self._collection}/{job.name}"
         self._uid: str | None = None
+        self._owner: Owner | None = None
+        self._owners: list[dict[str, Any]] = []
+        """Owner references of the job, as last seen."""
         self._manifest: dict[str, Any] = {}
         self._told: set[str] = set()
         self._over = False
@@ -113,8 +118,8 @@ class _Run:
 
     def _start(self) -> Ended | None:
         """Creates or adopts; an end, if it is there already."""
-        owner = owner_of_this_pod(self._kube, self._voice.tell)
-        self._manifest = manifest(self._job, self._config, namespace=self._kube.namespace, owner=owner)
+        self._owner = owner_of_this_pod(self._kube, self._voice.tell)
+        self._manifest = manifest(self._job, self._config, namespace=self._kube.namespace, owner=self._owner)
         end = time.monotonic() + REMOVAL_S
         asked = False
         while time.monotonic() < end:
@@ -127,21 +132,22 @@ class _Run:
             if "deletionTimestamp" in found["metadata"]:
                 self._once(f"an earlier attempt is being removed from {self._kube.namespace}")
             elif (ended := ended_of(found)) is None or (asked and self._is_same(found)):
-                if self._adopt(found, owner):
+                if self._adopt(found):
                     return None
                 continue
-            elif self._is_same(found) and ended.succeeded and self._has_result():
+            elif self._is_same(found) and ended.succeeded and jobs.may_stand(self._job):
                 self._voice.tell(f"it has succeeded already in {self._kube.namespace}")
                 return ended
             else:
                 self._require_ours(found)
                 self._voice.tell(f"an earlier attempt ended ({ended.reason}); it is replaced")
-                self._delete(found["metadata"]["uid"])
+                delete(self._kube, self._path, found["metadata"]["uid"])
             self._kube.pause(POLL_S)
         raise RunError(
             f"The RayJob {self._job.name} is being removed and does not go",
             got=f"it was still there after {REMOVAL_S:.0f} s",
-            fix=f"look whether KubeRay's operator runs: kubectl -n {self._kube.namespace} describe rayjob "
+            fix="look whether KubeRay's operator runs and the job's pods end (their node may be out of reach): "
+            f"kubectl -n {self._kube.namespace} get pods; kubectl -n {self._kube.namespace} describe rayjob "
             f"{self._job.name}",
         )
 
@@ -165,11 +171,11 @@ class _Run:
             if refused.status == 409:
                 return False
             raise
-        self._uid = created["metadata"]["uid"]
+        self._see(created)
         self._voice.tell(f"created as a RayJob in {self._kube.namespace}")
         return True
 
-    def _adopt(self, found: Mapping[str, Any], owner: Owner | None) -> bool:
+    def _adopt(self, found: Mapping[str, Any]) -> bool:
         """Whether it is followed from here on; not if it has changed meanwhile."""
         if not self._is_same(found):
             raise ClusterError(
@@ -178,30 +184,37 @@ class _Run:
                 expected=f"spec {spec_hash(self._manifest)}: image, resources and settings of this config",
                 fix=f"wait for its end, or end it: kubectl -n {self._kube.namespace} delete rayjob {self._job.name}",
             )
-        if owner is not None and not self._share(found, owner):
+        shared = self._share(found)
+        if shared is None:
             return False
-        self._uid = found["metadata"]["uid"]
+        self._see(shared)
         self._voice.tell(f"found in {self._kube.namespace}, {phase_of(found)}; it is followed")
         return True
 
-    def _share(self, found: Mapping[str, Any], owner: Owner) -> bool:
-        """Adds an owner: else the job would go with the workflow that began it, although this one waits for it too."""
+    def _share(self, found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The job with our owner added; None: it has changed meanwhile.
+
+        Else the job would go with the workflow that began it, although this one waits for it too.
+        """
         metadata = found["metadata"]
         owners = metadata.get("ownerReferences", [])
-        if owner.uid in {known["uid"] for known in owners}:
-            return True
+        if self._owner is None or self._owner.uid in {known["uid"] for known in owners}:
+            return found
         change = {
             "uid": metadata["uid"],
             "resourceVersion": metadata["resourceVersion"],  # another one may be adding itself
             "ownerReferences": [*owners, *self._manifest["metadata"]["ownerReferences"]],
         }
         try:
-            self._kube.ask("PATCH", self._path, body={"metadata": change}, content_type=MERGE_PATCH)
+            return self._kube.ask("PATCH", self._path, body={"metadata": change}, content_type=MERGE_PATCH)
         except RefusedError as refused:
             if refused.status in ANOTHER:
-                return False
+                return None
             raise
-        return True
+
+    def _see(self, found: Mapping[str, Any]) -> None:
+        """Whose job it is, for who is interrupted and has no time to ask."""
+        self._uid, self._owners = found["metadata"]["uid"], found["metadata"].get("ownerReferences", [])
 
     def _is_same(self, found: Mapping[str, Any]) -> bool:
         return _hash(found) == spec_hash(self._manifest)
@@ -212,10 +225,6 @@ class _Run:
                 f"The RayJob {self._job.name} in {self._kube.namespace} is not one that dpo has made",
                 fix="delete it, or set another cluster.namespace",
             )
-
-    def _has_result(self) -> bool:
-        result = jobs.read_result(self._job)
-        return result is not None and result.address is not None
 
     def _follow(self) -> Ended:
         assert self._uid is not None
@@ -236,6 +245,7 @@ class _Run:
         for found in watch(self._kube, self._collection, self._job.name, every_s=QUIET_S / 2):
             if found is None or found["metadata"]["uid"] != self._uid:
                 return self._gone()
+            self._see(found)
             if logs.error is not None:
                 raise logs.error
             now = phase_of(found)
@@ -277,7 +287,7 @@ class _Run:
         seen = obstacles(self._kube, self._job.name, (found.get("status") or {}).get("rayClusterName"))
         hopeless = next((obstacle for obstacle in seen if obstacle.hopeless), None)
         if hopeless is not None:
-            self._cancel()
+            self._remove()
             raise ClusterError(
                 "The job can never begin, and was removed",
                 got=hopeless.text,
@@ -294,31 +304,32 @@ class _Run:
             self._voice.tell(text)
 
     def _cancel(self) -> None:
-        """Takes the job away with the first request; a task that is ended may have one second."""
-        removed = None
-        try:
-            uid = self._uid
-            if uid is None and self._manifest:  # it came between the request and its answer
+        """Gives the job up with the first request; a task that is ended may have one second."""
+        with self._unless_gone():
+            if self._uid is None and self._manifest:  # it came between the request and its answer
                 found = self._kube.ask("GET", self._path, patience_s=0, timeout_s=CANCEL_TIMEOUT_S)
-                uid = found["metadata"]["uid"] if self._is_same(found) and ended_of(found) is None else None
-            if uid is not None:
-                removed = self._delete(uid, patience_s=CANCEL_TIMEOUT_S, timeout_s=CANCEL_TIMEOUT_S)
+                if self._is_same(found) and ended_of(found) is None:
+                    self._see(found)
+            if self._uid is not None:
+                own = None if self._owner is None else self._owner.uid
+                become = give_up(self._kube, self._path, self._uid, self._owners, own, limit_s=CANCEL_TIMEOUT_S)
+                if become:
+                    self._voice.tell(become)
+
+    def _remove(self) -> None:
+        """Takes the job away, whoever else waits for it."""
+        assert self._uid is not None
+        with self._unless_gone():
+            delete(self._kube, self._path, self._uid, patience_s=CANCEL_TIMEOUT_S, timeout_s=CANCEL_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        """A job that is gone already is no trouble; what else goes wrong is told, since a first error is under way."""
+        try:
+            yield
         except DpoError as error:
             if not (isinstance(error, RefusedError) and error.status == 404):
                 self._voice.tell(f"could not be removed; `dpo reap` will. {error}")
-        if removed:
-            self._voice.tell(f"removed from {self._kube.namespace}")
-
-    def _delete(self, uid: str, *, patience_s: float = PATIENCE_S, timeout_s: float = READ_TIMEOUT_S) -> bool:
-        """Whether this one was there."""
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
-        try:
-            self._kube.ask("DELETE", self._path, body=body, patience_s=patience_s, timeout_s=timeout_s)
-        except RefusedError as refused:
-            if refused.status in {404, 409}:  # gone, or another one has its place
-                return False
-            raise
-        return True
 
 
 @contextlib.contextmanager

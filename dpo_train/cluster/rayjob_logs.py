@@ -11,15 +11,19 @@ the flow, and each has its own way to go on:
 
 from __future__ import annotations
 
+import re
 import threading
 from array import array
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 from dpo_train.cluster.kube import Kube, StreamBrokenError
-from dpo_train.cluster.kube_errors import RefusedError
+from dpo_train.cluster.kube_errors import NoLoginError, RefusedError
 from dpo_train.errors import RunError
 
+SUBMITTER = "ray-job-submitter"
+"""The container whose log it is; service meshes and the like put others beside it, also before it."""
 POLL_S = 2.0
 SILENCE_S = 120.0
 """A stream that gives nothing for so long is opened anew: a lost connection looks the same as a quiet job."""
@@ -71,6 +75,8 @@ class Place:
         """The line's text without its time; None: it has been here."""
         time, _, text = raw.partition(" ")
         key = _sortable(time)
+        if key is None:  # the kubelet's own word, such as that it cannot read on: written into the stream, not the log
+            return raw.removesuffix("\r")
         if self._resumed:
             if key < self._last:
                 return None
@@ -131,7 +137,7 @@ class LogReader(threading.Thread):
         """Reads what there is; whether no pod that has begun is left to be read."""
         try:
             found = self._kube.ask("GET", self._path, query={"labelSelector": f"job-name={self._job_name}"})["items"]
-        except RunError:
+        except (RunError, NoLoginError):
             return False  # the API is away; the launcher itself says when it has been so for too long
         for pod in sorted(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
             if _key(pod) not in self._done and _has_begun(pod) and self._read(pod):
@@ -145,7 +151,7 @@ class LogReader(threading.Thread):
             self._places[key] = Place()
             self._lines.begin(_ray_job(pod))
         place = self._places[key]
-        query = {"timestamps": "true", "container": pod["spec"]["containers"][0]["name"], **place.since()}
+        query = {"timestamps": "true", "container": SUBMITTER, **place.since()}
         if not ended:
             query["follow"] = "true"
         path = f"{self._path}/{pod['metadata']['name']}/log"
@@ -156,7 +162,7 @@ class LogReader(threading.Thread):
                 text = place.take(raw)
                 if text is not None and self._lines.is_new(text):
                     self._line(text)
-        except (StreamBrokenError, RunError):
+        except (StreamBrokenError, RunError, NoLoginError):
             return False
         except RefusedError as refused:
             if refused.status in {400, 404}:  # the container is only being started; the pod is gone
@@ -165,15 +171,28 @@ class LogReader(threading.Thread):
         return ended
 
 
-def _sortable(time: str) -> str:
-    """A time as text that sorts: the API leaves out a fraction's last zeros."""
-    head, _, fraction = time.removesuffix("Z").partition(".")
-    return f"{head}.{fraction:0<9}"
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))")
+"""As RFC 3339 has it; nodes whose clocks do not show UTC write their offset."""
+
+
+def _sortable(time: str) -> str | None:
+    """A time in UTC as text that sorts: the API leaves out a fraction's last zeros. None: it is none."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        return None
+    second, fraction, sign, hours, minutes = found.groups()
+    try:
+        moment = datetime.fromisoformat(second)
+    except ValueError:
+        return None
+    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+    moment = moment + offset if sign == "-" else moment - offset
+    return f"{moment.isoformat()}.{fraction or '':0<9}"
 
 
 def _container(pod: dict[str, Any]) -> dict[str, Any]:
-    states = pod.get("status", {}).get("containerStatuses") or [{}]
-    return dict(states[0])
+    states = pod.get("status", {}).get("containerStatuses") or []
+    return next((dict(state) for state in states if state["name"] == SUBMITTER), {})
 
 
 def _key(pod: dict[str, Any]) -> str:
@@ -192,5 +211,8 @@ def _has_ended(pod: dict[str, Any]) -> bool:
 
 def _ray_job(pod: dict[str, Any]) -> str:
     """The Ray job whose lines it prints; KubeRay says so in its environment."""
-    variables = pod["spec"]["containers"][0].get("env") or []
-    return next((str(item.get("value")) for item in variables if item["name"] == "RAY_JOB_SUBMISSION_ID"), "")
+    for container in pod["spec"]["containers"]:
+        for item in container.get("env") or []:
+            if container["name"] == SUBMITTER and item["name"] == "RAY_JOB_SUBMISSION_ID":
+                return str(item.get("value"))
+    return ""

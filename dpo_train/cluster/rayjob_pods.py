@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_train.cluster.kube import Kube
-from dpo_train.cluster.kube_errors import RefusedError
-from dpo_train.errors import RunError
+from dpo_train.errors import DpoError
 
 PATIENCE_S = 10.0
 """Reasons can wait; whether the API is away for good, the watch of the job finds out."""
@@ -48,7 +47,7 @@ def _listed(kube: Kube, kind: str, query: dict[str, str]) -> list[dict[str, Any]
     path = f"/api/v1/namespaces/{kube.namespace}/{kind}"
     try:
         answer = kube.ask("GET", path, query={"limit": "500", **query}, patience_s=PATIENCE_S)
-    except (RefusedError, RunError):
+    except DpoError:
         return []
     return list(answer["items"])
 

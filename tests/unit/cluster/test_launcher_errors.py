@@ -35,6 +35,11 @@ def test_a_missing_right_names_account_verb_resource_and_the_command_that_grants
     [
         (401, "Unauthorized", "does not accept this login"),
         (403, 'pods "x" is forbidden: exceeded quota: q, requested: pods=1', "quota of the namespace ml"),
+        (
+            403,
+            'rayjobs.ray.io "x" is forbidden: exceeded quota: q, used: count/rayjobs.ray.io=50',
+            "dpo reap --namespace",
+        ),
         (403, "denied by the service mesh", "forbids"),
         (404, "404 page not found", "KubeRay is not installed"),
         (404, "the server could not find the requested resource", "KubeRay is not installed"),

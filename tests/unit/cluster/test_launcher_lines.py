@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,36 @@ def test_a_line_keeps_its_spaces_and_loses_the_carriage_return() -> None:
     """Only the time and one space are the API's."""
     assert Place().take("2026-01-01T00:00:00Z   two  spaces \r") == "  two  spaces "
     assert Place().take("2026-01-01T00:00:00Z ") == ""
+
+
+@pytest.mark.parametrize("word", ["", "failed", "~failed to watch", "2026-01-01", "2026-13-01T00:00:00Z too late"])
+def test_a_line_without_a_time_is_passed_on_and_leaves_the_place(word: str) -> None:
+    """The kubelet's own: what comes after it is asked for from the last time that there was."""
+    place = Place()
+    place.take(f"{stamp(5)} five")
+    since = place.since()
+
+    assert place.take(f"{word}\r") == word
+    assert place.since() == since == {"sinceTime": "2026-01-01T00:00:00Z"}
+    assert place.take(f"{stamp(5)} five") is None
+    assert place.take(f"{stamp(6)} six") == "six"
+
+
+@pytest.mark.parametrize(
+    ("time", "utc"),
+    [
+        ("2026-01-01T01:30:00.25+02:00", "2025-12-31T23:30:00Z"),
+        ("2026-01-01T01:30:00-05:30", "2026-01-01T07:00:00Z"),
+        ("2026-01-01T01:30:00.123456789Z", "2026-01-01T01:30:00Z"),
+    ],
+)
+def test_nodes_whose_clocks_do_not_show_utc(time: str, utc: str) -> None:
+    """Their lines have offsets; a stream is resumed in UTC."""
+    place = Place()
+
+    assert place.take(f"{time} a line") == "a line"
+    assert place.since() == {"sinceTime": utc}
+    assert place.take(f"{time} a line") is None
 
 
 def test_a_clock_that_is_set_back_loses_no_line() -> None:
