@@ -32,6 +32,6 @@ def evaluate(
     given = {"sft": model, "score_reference": scored, "train": policy}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("evaluate", settings, inputs, run_id=run_id)
-    report.uri, report.metadata = launch.uri(artifact, "report.html"), launch.metadata(artifact)
+    launch.hand_on(artifact, report, page="report.html")
     for name, value in artifact.record.metrics.items():
         metrics.log_metric(name, value)

@@ -26,5 +26,5 @@ def prepare(
 
     print("raw data", data_digest)
     artifact = launch.run_stage("prepare", launch.parse_config(config), {}, run_id=run_id)
-    pairs.uri, pairs.metadata = launch.uri(artifact), launch.metadata(artifact)
-    report.uri, report.metadata = launch.uri(artifact, "report.html"), launch.metadata(artifact)
+    launch.hand_on(artifact, pairs)
+    launch.hand_on(artifact, report, page="report.html")

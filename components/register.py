@@ -30,4 +30,4 @@ def register(
     given = {"sft": model, "train": policy, "evaluate": report}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("register", settings, inputs, run_id=run_id)
-    version.uri, version.metadata = launch.uri(artifact), launch.metadata(artifact)
+    launch.hand_on(artifact, version)

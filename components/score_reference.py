@@ -28,4 +28,4 @@ def score_reference(
     given = {"sft": model, "prepare": pairs}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("score_reference", settings, inputs, run_id=run_id)
-    scored.uri, scored.metadata = launch.uri(artifact), launch.metadata(artifact)
+    launch.hand_on(artifact, scored)

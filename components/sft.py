@@ -20,4 +20,4 @@ def sft(config: str, run_id: str, pairs: dsl.Input[dsl.Dataset], model: dsl.Outp
     settings = launch.parse_config(config)
     inputs = {"prepare": launch.stored(settings, pairs.metadata["address"])}
     artifact = launch.run_stage("sft", settings, inputs, run_id=run_id)
-    model.uri, model.metadata = launch.uri(artifact), launch.metadata(artifact)
+    launch.hand_on(artifact, model)

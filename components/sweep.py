@@ -32,7 +32,7 @@ def sweep(
     given = {"sft": model, "score_reference": scored}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("sweep", settings, inputs, run_id=run_id)
-    choice.uri, choice.metadata = launch.uri(artifact), launch.metadata(artifact)
-    frontier.uri, frontier.metadata = launch.uri(artifact, "frontier.html"), launch.metadata(artifact)
+    launch.hand_on(artifact, choice)
+    launch.hand_on(artifact, frontier, page="frontier.html")
     for name, value in artifact.record.metrics.items():
         metrics.log_metric(name, value)

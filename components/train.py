@@ -30,4 +30,4 @@ def train(
     given = {"sft": model, "score_reference": scored, "sweep": choice}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("train", settings, inputs, run_id=run_id)
-    policy.uri, policy.metadata = launch.uri(artifact), launch.metadata(artifact)
+    launch.hand_on(artifact, policy)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
-from dpo_train import storage
 from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 
 
-def uri(artifact: Artifact, file: str = "") -> str:
-    """Where the output lies, for Kubeflow's page. Percent-encoded: kfp.local would take ``{{$`` for a placeholder."""
-    place = storage.join(artifact.home, file) if file else artifact.home
-    return place if storage.is_remote(place) else Path(place).as_uri()
+def hand_on(artifact: Artifact, into: Any, *, page: str = "") -> None:
+    """Makes an artifact of a pipeline (kfp.dsl.Artifact) stand for the output.
+
+    Its metadata name the output; its file is the named page of the output, or says where the output lies. The file is
+    Kubeflow's to keep: its launcher uploads it to the run's own root, and shows pages from there.
+    """
+    into.metadata.update(metadata(artifact))
+    target = Path(into.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if page in artifact.record.files:
+        shutil.copyfile(artifact.file(page), target)
+    else:
+        target.write_text(
+            json.dumps({"output": artifact.home, **metadata(artifact)}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def metadata(artifact: Artifact) -> dict[str, str]:

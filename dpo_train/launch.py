@@ -1,7 +1,8 @@
 """Runs stages: the one module that the command line and the Kubeflow components import.
 
-    open_run -> run id                         (MLflow's parent run; the pipeline's first task)
+    resolve(text) -> decision, run id, data, config    the pipeline's first task (resolving.py, retrain.py)
     run_stage(name, config, inputs) -> Artifact    events, a nested MLflow run, the executor of the config
+    notify(text, state)                        the pipeline's last task, whatever has happened (notify.py)
     run(config) -> Result                      the whole flow in this process
 
 An artifact travels between stages as its address in the store, so that a pipeline passes no machine path.
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Literal
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
-from dpo_train.describe import metadata, refusal, summary, uri
-from dpo_train.errors import DpoError, GateRefusedError, StoreError
+from dpo_train.describe import hand_on, metadata, refusal, summary
+from dpo_train.errors import GateRefusedError, StoreError
 from dpo_train.launching import is_launched, run_elsewhere
+from dpo_train.notify import notify
 from dpo_train.preflight import check_inputs, check_store, check_tracking, use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
+from dpo_train.resolving import close_run, exit_code, open_run, outcome_line, resolve, told
 from dpo_train.runs import RUNS, RunFolder, store_lock
 
 __all__ = [
@@ -35,14 +38,18 @@ __all__ = [
     "check_inputs",
     "check_store",
     "check_tracking",
+    "close_run",
+    "exit_code",
+    "hand_on",
     "metadata",
+    "notify",
     "open_run",
     "parse_config",
+    "resolve",
     "run",
     "run_stage",
     "stored",
     "summary",
-    "uri",
     "use_storage",
 ]
 
@@ -86,35 +93,6 @@ class Result:
         return str(self.artifacts["register"].record.details["uri"])
 
 
-def open_run(config: RunConfig, name: str, *, kubeflow_run: str | None = None) -> str:
-    """Creates MLflow's parent run, or takes the one that a Kubeflow plugin has opened, and returns its id.
-
-    Args:
-        kubeflow_run: id of the pipeline's run in Kubeflow; default: KFP_RUN_ID.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or refuses.
-    """
-    reporter = Reporter.from_environment("resolve")
-    with _told(reporter):
-        from dpo_train.tracking import Tracking
-
-        kubeflow_run = kubeflow_run or os.environ.get("KFP_RUN_ID")
-        run_id = Tracking(config).start_pipeline(name, kubeflow_run=kubeflow_run)
-    reporter.event("run", run_id=run_id)
-    return run_id
-
-
-def close_run(config: RunConfig, run_id: str, error: BaseException) -> None:
-    """Ends the parent run of a flow that was cut short, if no stage has done so."""
-    from dpo_train.tracking import Tracking
-
-    tracking = Tracking(config)
-    if tracking.is_running(run_id):
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        tracking.end(run_id, status, f"{type(error).__name__}: {error}")
-
-
 def resolve_device(config: RunConfig) -> RunConfig:
     """Replaces ``compute.device=auto`` by what is here, so that later processes need not look again.
 
@@ -132,17 +110,20 @@ def resolve_device(config: RunConfig) -> RunConfig:
 
 
 def run(config: RunConfig) -> Result:
-    """The whole flow in this process; complete outputs are reused.
+    """The whole flow in this process; complete outputs are reused. Of ``retrain.when`` nothing is asked.
 
     Raises:
         GateRefusedError: the run is complete, and its gate refused the model.
         DpoError: the user's mistake, or a failed stage.
     """
-    from dpo_train.tracking import tracking_uri
+    from dpo_train.retrain import find_champion, nailed_down
+    from dpo_train.tracking import Tracking, tracking_uri
 
     config = resolve_device(config)
     check_inputs(config)
     check_tracking(config)
+    tracking = Tracking(config)
+    config = nailed_down(config, tracking, find_champion(config, tracking))
     artifacts: dict[str, Artifact] = {}
     with session(config):
         run_id = open_run(config, config.store.rstrip("/").rpartition("/")[2])
@@ -217,22 +198,22 @@ def run_stage(
     """
     reporter = Reporter.from_environment(stage)
     if is_launched(stage, config):
-        with _told(reporter):
+        with told(reporter):
             return run_elsewhere(stage, config, inputs, run_id=run_id, output=output)
     config = resolve_device(config)
     reporter.event("start")
     start = time.perf_counter()
     use_storage(config)
-    with store_lock(local_copy(config.store), alone=False), _told(reporter), _events(config, run_id) as events:
+    with store_lock(local_copy(config.store), alone=False), told(reporter), _events(config, run_id) as events:
         on = with_sft_model(config, inputs["sft"]) if "sft" in inputs else config
-        artifact = _tracked(stage, on, inputs, run_id, output, events, base=config.model.path)
+        artifact, what_came = _tracked(stage, on, inputs, run_id, output, events, base=config.model.path)
         Reporter(str(events), stage).event(
             "end",
             address=artifact.address,
             path=artifact.home,
             reused=artifact.reused,
             seconds=time.perf_counter() - start,
-            summary=summary(artifact),
+            summary=what_came,
             refused=refusal(artifact),
         )
     return artifact
@@ -247,34 +228,23 @@ def _tracked(
     events: Path,
     *,
     base: str,
-) -> Artifact:
-    """The stage within its MLflow run."""
+) -> tuple[Artifact, str]:
+    """The stage within its MLflow run, and what came of it in a line."""
+    from dpo_train import retrain
     from dpo_train.tracking import Tracking
     from dpo_train.tracking.stage import tracked
 
-    tracking = Tracking(config)
+    tracking, settled = Tracking(config), None
     with tracked(config, tracking, stage, run_id, events) as body:
-        body.artifact = _call(stage, config, inputs, tracking, body.run_id, output, base=base)
-    return body.artifact
-
-
-@contextlib.contextmanager
-def _told(reporter: Reporter) -> Iterator[None]:
-    """Leaves an event about whatever is raised: kfp.local only knows that a task failed."""
-    try:
-        yield
-    except BaseException as error:
-        known = isinstance(error, DpoError)
-        kind = type(error).__name__
-        reporter.event("error", message=str(error), error=kind, exit_code=exit_code(error), known=known)
-        raise
-
-
-def exit_code(error: BaseException) -> int:
-    """2 for the user's mistake, 3 for a refusing gate, 130 for Ctrl-C, 1 for everything else."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        return 130
-    return error.exit_code if isinstance(error, DpoError) else 1
+        artifact = body.artifact = _call(stage, config, inputs, tracking, body.run_id, output, base=base)
+        if stage == "register":
+            settled = retrain.settle(config, tracking, artifact, inputs["evaluate"])
+    if settled is None:
+        return artifact, summary(artifact)
+    print(outcome_line(settled.outcome, settled.why), flush=True)
+    if run_id is not None:
+        retrain.note(config, tracking, run_id, settled)
+    return artifact, settled.why
 
 
 def _call(

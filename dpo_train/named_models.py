@@ -99,10 +99,11 @@ def starting_model(config: RunConfig, policy: Artifact) -> ModelConfig:
     """The model that a policy was trained from, which is its reference.
 
     Raises:
-        ConfigError: it is neither the config's nor one that SFT made in its store.
+        ConfigError: it is neither the config's nor one that SFT made, or that was champion, in its store.
     """
     wanted = policy.record.inputs["model"]
-    for home in complete_below(storage.join(config.store, "sft")):
+    homes = [home for stage in ("sft", "champion") for home in complete_below(storage.join(config.store, stage))]
+    for home in homes:
         if open_artifact(home).record.details.get("model") == wanted:
             return with_model_of(home, config).model
     if model_digest(config) != wanted:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.config import RunConfig
+from dpo_train.config import EndpointJudge, RewardModelJudge, RunConfig
+from dpo_train.errors import ConfigError
 
 
 def use_storage(config: RunConfig) -> None:
@@ -71,22 +74,94 @@ def check_inputs(config: RunConfig) -> str:
         digest of the raw data.
 
     Raises:
-        UserError: one of them is missing, unreadable, or the store cannot be written.
+        UserError: one of them is missing, unreadable, or the store cannot be written; or jobs would not see it.
     """
-    from dpo_train.data.adapter import adapter_folder
-    from dpo_train.data.folder import model_folder
+    check_reach(config)
+    check_data(config)
+    check_models(config)
+    return data_digest(config)
+
+
+def check_reach(config: RunConfig) -> None:
+    """Whether the pods of jobs see all that the config names: at s3://, on a hub, or on a volume that they mount.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if config.cluster.launcher != "rayjob":
+        return
+    mounts = [Path(mount) for mount in config.cluster.volumes]
+    lost = [
+        f"{key}={path}"
+        for key, path in _local_paths(config)
+        if not any(Path(path).is_relative_to(mount) for mount in mounts)
+    ]
+    if lost:
+        where = ", ".join(map(str, mounts)) or "nothing is mounted"
+        raise ConfigError(
+            "Jobs on the cluster would not see what lies on this machine",
+            got="; ".join(lost),
+            expected=f"addresses (s3://, a hub name), or paths on a volume of cluster.volumes ({where})",
+            fix="put them at s3://, or mount a volume that holds them: cluster.volumes={/data: name-of-the-claim}",
+        )
+
+
+def _local_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every path of the config that means a place on a machine's own disk, with its key."""
+    sources = [(f"prepare.sources[{i}].path", source.path) for i, source in enumerate(config.prepare.sources)]
+    named = [
+        ("store", config.store),
+        ("model.path", config.model.path),
+        ("model.adapter", config.model.adapter),
+        ("prepare.path", config.prepare.path),
+        *sources,
+        ("prepare.chat_template", config.prepare.chat_template),
+        ("prepare.evaluation_prompts", config.prepare.evaluation_prompts),
+    ]
+    if isinstance(config.evaluate.judge, RewardModelJudge):
+        named.append(("evaluate.judge.path", config.evaluate.judge.path))
+    if isinstance(config.evaluate.judge, EndpointJudge):
+        named.append(("evaluate.judge.prompt", config.evaluate.judge.prompt))
+    if (config.tracking.uri or "").startswith("sqlite:///"):
+        named.append(("tracking.uri", str(config.tracking.uri).removeprefix("sqlite:///")))
+    # The config's paths are absolute; a hub name, like an address, is not.
+    yield from ((key, path) for key, path in named if path is not None and Path(path).is_absolute())
+
+
+def check_data(config: RunConfig) -> None:
+    """Looks for the raw data, and tries the store.
+
+    Raises:
+        UserError: a source is missing or unreadable, or the store cannot be written.
+    """
     from dpo_train.data.sources import plan
-    from dpo_train.evaluate import judge
-    from dpo_train.stages.prepare_inputs import check_apart, data_digests
+    from dpo_train.stages.prepare_inputs import check_apart
 
     check_apart(config)
     check_store(config)
     for index, source in enumerate(config.prepare.all_sources):
         plan(source, index)
+
+
+def check_models(config: RunConfig) -> None:
+    """Looks for the model and the judge.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    from dpo_train.data.adapter import adapter_folder
+    from dpo_train.data.folder import model_folder
+    from dpo_train.evaluate import judge
+
     model_folder(config.model.path)
     if config.model.adapter is not None:
         adapter_folder(config.model.adapter)
     if config.evaluate.judge is not None:
         judge.check(config.evaluate.judge)
-    digests = data_digests(config.prepare.all_sources)
-    return "-".join(digests.values())
+
+
+def data_digest(config: RunConfig) -> str:
+    """Digest of the raw data, as the MLflow run of a pipeline has it in its tag ``dpo.data``."""
+    from dpo_train.stages.prepare_inputs import data_digests
+
+    return "-".join(data_digests(config.prepare.all_sources).values())

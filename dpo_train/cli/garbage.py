@@ -57,11 +57,11 @@ def _with_origins(store: Path, addresses: set[str]) -> set[str]:
 
 
 def _by_digest(store: Path) -> dict[str, Path]:
-    """Every output by what others name it by in their inputs; that is of an SFT the model that it made."""
+    """Every output by what others name it by in their inputs; that is of an SFT, or a champion, the model in it."""
     found: dict[str, Path] = {}
     for output in _outputs_in(store):
         found[output.name] = output
-        if output.parent.name == "sft" and (output / RECORD_FILE).is_file():
+        if output.parent.name in {"sft", "champion"} and (output / RECORD_FILE).is_file():
             found[open_artifact(output).record.details.get("model", output.name)] = output
     return found
 

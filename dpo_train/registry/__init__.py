@@ -12,7 +12,7 @@ from __future__ import annotations
 from dpo_train.registry.card import Card, accuracy_line, card_text, find_licence, licence_files
 from dpo_train.registry.layout import Package
 from dpo_train.registry.lock import LockedError
-from dpo_train.registry.promote import Promotion, champion_before, promote, rollback
+from dpo_train.registry.promote import MovedError, Promotion, champion_before, promote, rollback
 from dpo_train.registry.versions import (
     CHAMPION,
     DIGEST_TAG,
@@ -33,6 +33,7 @@ __all__ = [
     "POLICY_TAG",
     "Card",
     "LockedError",
+    "MovedError",
     "Package",
     "Promotion",
     "RegisteredVersion",

@@ -25,13 +25,24 @@ class Promotion:
     previous: str | None
 
 
-def promote(client: Any, name: str, which: str, *, lease_seconds: float = LEASE_SECONDS) -> Promotion:
+class MovedError(UserError):
+    """The champion is another than the one that was expected."""
+
+
+_ANY = "any"
+
+
+def promote(
+    client: Any, name: str, which: str, *, instead_of: str | None = _ANY, lease_seconds: float = LEASE_SECONDS
+) -> Promotion:
     """Makes a version the champion.
 
     Args:
         which: alias or number of the version.
+        instead_of: number of the version that must be the champion now, None for none; default: whichever is.
 
     Raises:
+        MovedError: the champion is another than ``instead_of``.
         UserError: there is no such version, or its report did not pass.
         LockedError: another promotion is under way.
     """
@@ -46,6 +57,12 @@ def promote(client: Any, name: str, which: str, *, lease_seconds: float = LEASE_
         history, previous = _history(client, name)
         if previous == wanted.version:
             return Promotion(name=name, version=wanted.version, previous=previous)
+        if instead_of not in {_ANY, previous}:
+            raise MovedError(
+                f"The champion of {name} has changed meanwhile",
+                got=f"version {previous}",
+                expected=f"version {instead_of}",
+            )
         if previous is not None:
             # The history first: cut short here, its last entry is the champion, which _history leaves out.
             check()

@@ -206,6 +206,8 @@ def _tags(card: registry.Card, policy: Artifact, report: Artifact) -> dict[str, 
         registry.POLICY_TAG: policy.record.digest,
         "dpo.model": card.identity["base model"],
         "dpo.report": report.address,
+        # MLflow's limit of a tag; a run that comes again compares as much.
+        "dpo.data": "-".join(card.data.values())[:4000],
         "dpo.beta": f"{card.beta:g}",
         "dpo.base_model": card.base_model,
         "dpo.licence": card.licence,

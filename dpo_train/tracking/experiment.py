@@ -110,18 +110,30 @@ class Tracking:
     def start_pipeline(self, name: str, *, kubeflow_run: str | None = None) -> str:
         """The parent run, with the whole config as parameters and as an artifact.
 
-        Where a Kubeflow plugin has opened a run (MLFLOW_RUN_ID), it is that one; the plugin will end it.
+        Where a Kubeflow plugin has opened a run, it is that one (``plugin_run``); the plugin will end it.
         """
         tags = {"dpo.kind": "pipeline", "mlflow.note.content": wording.PIPELINE}
         if kubeflow_run:
             tags["dpo.kubeflow_run"] = kubeflow_run
         with patience():
-            if run_id := os.environ.get(PLUGIN_RUN):
+            if (run_id := self.plugin_run()) is not None:
                 self.set_tags(run_id, {**self._common_tags(), **tags, ATTACHED_TAG: "true"})
             else:
                 run_id = self.start_run(name, tags=tags)
             self.log_config(run_id)
         return run_id
+
+    def plugin_run(self) -> str | None:
+        """The pipeline's run that a Kubeflow plugin has opened; None: there is no plugin.
+
+        MLFLOW_RUN_ID is that of the task (kfp 2.17), which the plugin ends with the task; its parent is the pipeline's.
+        """
+        task = os.environ.get(PLUGIN_RUN)
+        if not task:
+            return None
+        with self.errors():
+            tags = self.client.get_run(task).data.tags
+        return str(tags.get("mlflow.parentRunId", task))
 
     def log_config(self, run_id: str) -> None:
         """The whole config as parameters and as the file that ``dpo reproduce`` reads."""

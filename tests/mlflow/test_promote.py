@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from dpo_train.errors import UserError
-from dpo_train.registry import CHAMPION, LockedError, Promotion, champion_before, lock, promote, rollback
+from dpo_train.registry import CHAMPION, LockedError, MovedError, Promotion, champion_before, lock, promote, rollback
 from dpo_train.registry.promote import HISTORY_TAG
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -51,6 +51,20 @@ def test_champion_goes_forward_and_back(client: Any) -> None:
     with pytest.raises(UserError, match=r"no champion of forward to go back to.*version 1, with none before it"):
         rollback(client, name)
     assert client.search_registered_models("name LIKE 'forward.%'") == []
+
+
+@pytest.mark.parametrize("expected", [None, "1", "3"])
+def test_promotion_instead_of_another_than_the_champion_is_refused(client: Any, expected: str | None) -> None:
+    """What a version was compared with must be the champion still; the question is asked under the lock."""
+    name = model(client, f"expected-{expected}", 3)
+    promote(client, name, "1", instead_of=None)
+    promote(client, name, "2", instead_of="1")
+
+    with pytest.raises(MovedError, match=r"changed meanwhile.*version 2"):
+        promote(client, name, "3", instead_of=expected)
+
+    assert champion_of(client, name) == "2"
+    assert promote(client, name, "3", instead_of="2").previous == "2"
 
 
 def test_promoting_the_champion_changes_nothing(client: Any) -> None:

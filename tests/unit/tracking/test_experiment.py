@@ -98,6 +98,21 @@ def test_plugin_that_names_no_experiment_is_asked_for_its_runs(
     assert tracking.client.get_run(child).info.experiment_id == expected
 
 
+def test_pipeline_is_the_plugins_run_and_not_that_of_the_task(
+    config: RunConfig, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin opens a run for each task below the pipeline's, and ends the task's with the task."""
+    pipeline = tracking.start_run("from the plugin")
+    tasks = [tracking.start_run("resolve", parent=pipeline), tracking.start_run("notify", parent=pipeline)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[0])
+
+    assert tracking.start_pipeline("dpo", kubeflow_run="k-1") == pipeline
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[1])
+    assert Tracking(config).plugin_run() == pipeline
+    assert tracking.find_child(None, "dpo.kubeflow_run", "k-1") == pipeline
+
+
 def test_plugins_run_that_was_deleted_is_told_before_anything_starts(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
