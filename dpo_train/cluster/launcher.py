@@ -248,6 +248,8 @@ class _Run:
             self._see(found)
             if logs.error is not None:
                 raise logs.error
+            if "deletionTimestamp" in found["metadata"]:
+                self._once(f"somebody has removed it; its pods in {self._kube.namespace} are ending")
             now = phase_of(found)
             if now in {"running", "ended"} and not logs.is_alive() and logs.ident is None:
                 logs.start()

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dpo_train.cluster import rayjob_logs
-from dpo_train.cluster.kube import Kube
+from dpo_train.cluster.kube import MERGE_PATCH, Kube
 from dpo_train.cluster.kube_errors import RefusedError
 from dpo_train.cluster.launcher import RayJobLauncher
 from tests.cluster.jobs import Waiting, config_in, job_of, without_pauses
@@ -143,7 +143,11 @@ def operator(admin: Kube, proxy: Proxy, tmp_path: Path) -> Operator:
 def _remove(kube: Kube) -> None:
     """What the namespace controller does, which a test server may lack."""
     name = kube.namespace
-    for collection in (f"/apis/ray.io/v1/namespaces/{name}/rayjobs", f"/api/v1/namespaces/{name}/pods"):
+    rayjobs = f"/apis/ray.io/v1/namespaces/{name}/rayjobs"
+    for found in kube.ask("GET", rayjobs)["items"]:  # of which some may wait for a garbage collector
+        body = {"metadata": {"finalizers": None}}
+        kube.ask("PATCH", f"{rayjobs}/{found['metadata']['name']}", body=body, content_type=MERGE_PATCH)
+    for collection in (rayjobs, f"/api/v1/namespaces/{name}/pods"):
         kube.ask("DELETE", collection, query={"gracePeriodSeconds": "0"})
     kube.ask("DELETE", f"/api/v1/namespaces/{name}")
     try:

@@ -48,6 +48,13 @@ class Waiting:
             self.error = error
 
 
+class Full(list[str]):
+    """Lines that go to a disk that is full: an error of the caller's own, which ends a waiter as an interrupt does."""
+
+    def append(self, _: str) -> None:
+        raise OSError("no space left")
+
+
 def config_in(store: Path, **cluster: Any) -> RunConfig:
     """A config whose stages are RayJobs; another store gives another job."""
     content = {
@@ -59,8 +66,9 @@ def config_in(store: Path, **cluster: Any) -> RunConfig:
     return parse_config(json.dumps(content), origin="the test")
 
 
-def job_of(config: RunConfig) -> Job:
-    return job_for("prepare", config, {}, run_id=None)
+def job_of(config: RunConfig, run_id: str | None = "a-run") -> Job:
+    """A stage of a run; None: one that is called by itself."""
+    return job_for("prepare", config, {}, run_id=run_id)
 
 
 def without_pauses(kube: Kube, pauses: list[float]) -> Kube:

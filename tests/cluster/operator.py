@@ -1,4 +1,7 @@
-"""Plays KubeRay's operator on an API server that has none: moves a RayJob's status, and lays its pods."""
+"""Plays KubeRay's operator on an API server that has none: moves a RayJob's status, and lays its pods.
+
+Plays the garbage collector too, for which a RayJob that is removed waits until its pods are gone.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from dpo_train.cluster.kube_errors import RefusedError
 from tests.cluster.proxy import Proxy
 
 T = TypeVar("T")
+SUBMITTER = "ray-job-submitter"
+"""The container's name, by KubeRay's source (`SubmitterContainerName`) as in our manifest."""
 DEADLINE_S = 20.0
 
 
@@ -32,6 +37,7 @@ class Operator:
         self._kube, self._proxy, self.name = admin, proxy, name
         self.collection = f"/apis/ray.io/v1/namespaces/{admin.namespace}/rayjobs"
         self.path = f"{self.collection}/{name}"
+        self._with_sidecar: dict[str, bool] = {}
         self._pods = f"/api/v1/namespaces/{admin.namespace}/pods"
 
     def find(self) -> dict[str, Any] | None:
@@ -59,16 +65,35 @@ class Operator:
     def delete(self) -> None:
         self._kube.ask("DELETE", self.path)
 
+    def collect_garbage(self) -> None:
+        """The RayJob is being removed: its pods go, and then it goes."""
+
+        def is_waiting() -> bool:
+            return "foregroundDeletion" in ((self.find() or {"metadata": {}})["metadata"].get("finalizers") or [])
+
+        until(is_waiting, "a RayJob that waits for its pods' end")
+        query = {"labelSelector": f"job-name={self.name}", "gracePeriodSeconds": "0"}
+        self._kube.ask("DELETE", self._pods, query=query)
+        self.patch({"metadata": {"finalizers": None}})
+
     def pod(
-        self, name: str, labels: dict[str, str], status: dict[str, Any], *, env: dict[str, str] | None = None
+        self,
+        name: str,
+        labels: dict[str, str],
+        status: dict[str, Any],
+        *,
+        containers: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """A pod that nothing schedules, with this status."""
-        container = {"name": "main", "image": "none", "env": [{"name": k, "value": v} for k, v in (env or {}).items()]}
         body = {
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name, "labels": labels},
-            "spec": {"containers": [container], "schedulerName": "none", "restartPolicy": "Never"},
+            "spec": {
+                "containers": containers or [{"name": "main", "image": "none"}],
+                "schedulerName": "none",
+                "restartPolicy": "Never",
+            },
         }
         self._kube.ask("POST", self._pods, body=body)
         return self.pod_status(name, status)
@@ -76,11 +101,14 @@ class Operator:
     def pod_status(self, name: str, status: dict[str, Any]) -> dict[str, Any]:
         return self._kube.ask("PATCH", f"{self._pods}/{name}/status", body={"status": status}, content_type=MERGE_PATCH)
 
-    def submitter(self, number: int = 0, *, ray_job: str = "ray-1") -> str:
-        """A running submitter pod; its name."""
+    def submitter(self, number: int = 0, *, ray_job: str = "ray-1", sidecar: bool = False) -> str:
+        """A running submitter pod; its name. A sidecar stands before its own container, and never ends."""
         name = f"{self.name}-{number}"
-        env = {"RAY_JOB_SUBMISSION_ID": ray_job}
-        self.pod(name, {"job-name": self.name}, _container({"running": {}}, "Running"), env=env)
+        own = {"name": SUBMITTER, "image": "none", "env": [{"name": "RAY_JOB_SUBMISSION_ID", "value": ray_job}]}
+        containers = [{"name": "mesh", "image": "none"}, own] if sidecar else [own]
+        self._with_sidecar[name] = sidecar
+        status = self._submitter_status(name, {"running": {}}, "Running")
+        self.pod(name, {"job-name": self.name}, status, containers=containers)
         return name
 
     def print(self, pod: str, *lines: str) -> None:
@@ -90,7 +118,7 @@ class Operator:
     def end_submitter(self, pod: str, phase: str = "Succeeded") -> None:
         """The pod's container ends."""
         state = {"terminated": {"exitCode": 0 if phase == "Succeeded" else 1}}
-        self.pod_status(pod, _container(state, phase))
+        self.pod_status(pod, self._submitter_status(pod, state, phase))
         self._proxy.logs[pod].end()
 
     def succeed(self, *lines: str, pod: str | None = None) -> None:
@@ -101,14 +129,13 @@ class Operator:
         self.end_submitter(pod)
         self.status("Complete", "SUCCEEDED")
 
+    def _submitter_status(self, pod: str, state: dict[str, Any], phase: str) -> dict[str, Any]:
+        """A pod with a sidecar goes on running when its other container has ended."""
+        if not self._with_sidecar[pod]:
+            return {"phase": phase, "containerStatuses": [_container(SUBMITTER, state)]}
+        statuses = [_container("mesh", {"running": {}}), _container(SUBMITTER, state)]
+        return {"phase": "Running", "containerStatuses": statuses}
 
-def _container(state: dict[str, Any], phase: str) -> dict[str, Any]:
-    container = {
-        "name": "main",
-        "image": "none",
-        "imageID": "",
-        "ready": False,
-        "restartCount": 0,
-        "state": state,
-    }
-    return {"phase": phase, "containerStatuses": [container]}
+
+def _container(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "image": "none", "imageID": "", "ready": False, "restartCount": 0, "state": state}

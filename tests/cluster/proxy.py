@@ -91,6 +91,8 @@ class Log:
         self.ended = False
         self.cut_after: list[int] = []
         """The next streams are reset after so many lines."""
+        self.last_word = ""
+        """What the kubelet itself says at the end of such a stream: a line without a time."""
         self.changed = threading.Condition()
 
     def append(self, *texts: str) -> None:
@@ -272,6 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk(f"{stamp} {text}\n".encode())
             sent += 1
             if sent == cut:
+                if log.last_word:
+                    self._chunk(f"{log.last_word}\n".encode())
                 self._reset()
                 return
         self._chunk(b"")

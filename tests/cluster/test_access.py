@@ -138,6 +138,7 @@ def test_the_launchers_rights_suffice_for_a_whole_run(
     operator.status("Failed", "FAILED")
     assert not first.result().succeeded
     second = Waiting(first.launcher, first.job).start()
+    operator.collect_garbage()
     until(lambda: [text for text in second.told if text.startswith("created")], "replaced")
     until(lambda: proxy.count("GET", "/events"), "asked why it does not begin")
     operator.succeed("a line")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dpo_train.cluster import launcher as module
-from dpo_train.cluster.heartbeat import HEARTBEAT, PERIOD, Heartbeat
 from dpo_train.cluster.job import read_job, write_result
 from dpo_train.cluster.kube import Kube
 from dpo_train.cluster.kube_errors import ClusterError
 from dpo_train.cluster.launcher import RayJobLauncher
+from dpo_train.cluster.rayjob_removal import delete
 from dpo_train.errors import RunError
-from tests.cluster.jobs import Waiting, config_in, job_of
+from tests.cluster.jobs import Full, Waiting, config_in, job_of
 from tests.cluster.operator import Operator, until
 from tests.cluster.proxy import Proxy
 
@@ -131,12 +131,15 @@ def test_a_retry_of_kuberays_is_followed_with_the_lines_of_both_attempts(launch:
 
 
 def test_a_job_that_is_deleted_under_us_is_a_clear_error(launch: Launch, operator: Operator) -> None:
-    """Nobody waits for what is not there any more."""
+    """Nobody waits for what is not there any more; and while its pods end, that is said."""
     waiting = launch()
     operator.created()
+    operator.patch({"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}})
     operator.status("Running", "RUNNING")
     until(lambda: "running" in waiting.told, "told that it runs")
     operator.delete()
+    until(lambda: [text for text in waiting.told if "somebody has removed it" in text], "told of the removal")
+    operator.patch({"metadata": {"finalizers": None}})
 
     with pytest.raises(RunError, match="was deleted while it ran"):
         waiting.result()
@@ -218,6 +221,7 @@ def test_an_image_that_no_registry_can_have_ends_the_job_at_once(
     with pytest.raises(ClusterError, match=r"can never begin.*couldn't parse image.*cluster.image"):
         waiting.result()
 
+    operator.collect_garbage()
     assert operator.find() is None
 
 
@@ -234,25 +238,6 @@ def test_a_job_that_no_operator_looks_at_is_told(
     assert waiting.result().succeeded
 
 
-def test_the_sign_of_life_is_renewed(launch: Launch, operator: Operator, proxy: Proxy) -> None:
-    """The annotation moves while somebody waits, and says its own period."""
-    waiting = launch(heartbeat_seconds=1)
-    found = operator.created()["metadata"]["annotations"]
-    assert found[PERIOD] == "1"
-    until(lambda: operator.created()["metadata"]["annotations"][HEARTBEAT] > found[HEARTBEAT], "a later sign")
-    operator.succeed()
-
-    assert waiting.result().succeeded
-    assert found["dpo.dev/spec-hash"]
-
-
-class Full(list[str]):
-    """Lines that go to a disk that is full."""
-
-    def append(self, _: str) -> None:
-        raise OSError("no space left")
-
-
 def test_an_error_of_the_callers_own_takes_the_job_away(kube: Kube, operator: Operator, tmp_path: Path) -> None:
     """A line that cannot be printed ends the caller, whose job would run for nobody."""
     config = config_in(tmp_path, heartbeat_seconds=1)
@@ -264,34 +249,16 @@ def test_an_error_of_the_callers_own_takes_the_job_away(kube: Kube, operator: Op
     with pytest.raises(OSError, match="no space left"):
         waiting.result()
 
+    operator.collect_garbage()
     assert operator.find() is None
 
 
-def test_a_sign_of_life_is_given_to_the_job_that_was_followed_alone(
-    launch: Launch, kube: Kube, operator: Operator
-) -> None:
-    """Else a job that nobody waits for would be kept by the waiter of an earlier one."""
-    waiting = launch()
-    before = operator.created()["metadata"]["annotations"]
-    told: list[str] = []
-
-    assert not Heartbeat(kube, operator.path, "uid-of-an-earlier-one", 77, tell=told.append)._beat()
-
-    assert operator.created()["metadata"]["annotations"][PERIOD] == before[PERIOD] == "60"
-    assert told == []
-    operator.succeed()
-    assert waiting.result().succeeded
-
-
-def test_a_removal_hits_only_the_job_that_was_followed(
-    launch: Launch, kube: Kube, operator: Operator, tmp_path: Path
-) -> None:
+def test_a_removal_hits_only_the_job_that_was_followed(launch: Launch, kube: Kube, operator: Operator) -> None:
     """Another one may have its name by now."""
     waiting = launch()
     operator.created()
-    run = module._Run(kube, config_in(tmp_path), waiting.job, module._Voice(print, print))
 
-    assert not run._delete("uid-of-an-earlier-one")
+    assert not delete(kube, operator.path, "uid-of-an-earlier-one")
     assert operator.find() is not None
     operator.succeed()
     assert waiting.result().succeeded

@@ -46,6 +46,41 @@ def test_a_broken_stream_goes_on_at_the_next_line(
     assert proxy.logs[pod].cut_after == []
 
 
+def test_the_kubelets_own_words_are_passed_on_and_end_nothing(launch: Launch, operator: Operator, proxy: Proxy) -> None:
+    """It writes lines without a time into a stream that it cannot go on with; the next one begins where that ended."""
+    waiting, pod = started(launch, operator)
+    proxy.logs[pod].cut_after = [4, 4]
+    proxy.logs[pod].last_word = word = "failed to create fsnotify watcher: too many open files"
+    operator.print(pod, *LINES)
+    until(lambda: waiting.lines[-1:] == LINES[-1:], "the last line")
+    operator.end_submitter(pod)
+    operator.status("Complete", "SUCCEEDED")
+
+    assert waiting.result().succeeded
+    assert [line for line in waiting.lines if line != word] == LINES
+    assert waiting.lines.count(word) == 2
+
+
+def test_a_sidecar_beside_the_submitter_is_no_submitter(launch: Launch, operator: Operator, proxy: Proxy) -> None:
+    """A service mesh puts its container first, and it never ends: the log and the state are those of the other one."""
+    waiting = launch()
+    operator.created()
+    operator.status("Running", "RUNNING")
+    first = operator.submitter(0, sidecar=True)
+    operator.print(first, *LINES[:25])
+    until(lambda: waiting.lines == LINES[:25], "the lines")
+    operator.end_submitter(first, "Failed")
+    second = operator.submitter(1, sidecar=True)  # of the same Ray job, as its environment says
+    operator.print(second, *LINES)
+    operator.end_submitter(second)
+    until(lambda: waiting.lines == LINES, "the other lines")
+    operator.status("Complete", "SUCCEEDED")
+
+    assert waiting.result().succeeded
+    assert waiting.lines == LINES
+    assert proxy.count("GET", "/log") == proxy.count("GET", "/log.*container=ray-job-submitter")
+
+
 def test_lines_come_while_the_job_runs(launch: Launch, operator: Operator) -> None:
     """They are followed, not fetched at the end; and equal lines are lines of their own."""
     waiting, pod = started(launch, operator)

@@ -71,6 +71,7 @@ def test_an_interrupt_removes_the_job_with_the_first_request(
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
     assert "told: removed from" in output
+    operator.collect_garbage()
     assert operator.find() is None
     asked = [(seen.method, seen.path) for seen in proxy.seen[before:] if seen.method in {"GET", "DELETE", "POST"}]
     assert [item for item in asked if "/log" not in item[1]] == [("DELETE", operator.path)]
@@ -90,6 +91,7 @@ def test_an_interrupt_before_the_creation_was_answered_leaves_no_job(
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=DEADLINE_S)
 
+    operator.collect_garbage()
     assert operator.find() is None
 
 

@@ -40,10 +40,13 @@ def test_a_finished_job_is_not_run_again(launch: Launch, operator: Operator) -> 
 @pytest.mark.parametrize(
     ("deployment", "of_ray", "result"), [("Failed", "FAILED", True), ("Complete", "SUCCEEDED", False)]
 )
-def test_a_job_that_ended_without_use_is_replaced(
-    launch: Launch, operator: Operator, deployment: str, of_ray: str, result: bool
+def test_a_job_that_ended_without_use_is_replaced_when_its_pods_are_gone(
+    launch: Launch, operator: Operator, proxy: Proxy, deployment: str, of_ray: str, result: bool
 ) -> None:
-    """One that failed, or whose result is gone; what it had left is dropped before the new one is created."""
+    """One that failed, or whose result is gone; what it had left is dropped before the new one is created.
+
+    After a deadline the old one's process may still be there, and it would write to the same output.
+    """
     first = launch()
     operator.created()
     operator.status(deployment, of_ray)
@@ -53,8 +56,31 @@ def test_a_job_that_ended_without_use_is_replaced(
         write_result(first.job, RunError("the earlier attempt's"))
 
     second = launch()
+    until(lambda: [text for text in second.told if "is being removed" in text], "it waits for the old one's end")
+    assert proxy.count("POST", "/rayjobs") == 1
+    operator.collect_garbage()
     until(lambda: (operator.find() or {"metadata": {"uid": uid}})["metadata"]["uid"] != uid, "a new RayJob")
     assert read_result(second.job) is None
+    operator.succeed()
+
+    assert second.result().succeeded
+
+
+def test_outside_of_a_run_a_finished_job_is_run_again(kube: Kube, admin: Kube, proxy: Proxy, tmp_path: Path) -> None:
+    """`dpo prepare` by itself: the raw data may have changed since. The job finds by itself what it can reuse."""
+    config = config_in(tmp_path)
+    job = job_of(config, run_id=None)
+    operator = Operator(admin, proxy, job.name)
+    first = Waiting(RayJobLauncher(config, kube), job).start()
+    uid = operator.created()["metadata"]["uid"]
+    write_result(job, "prepare/0123")
+    operator.succeed()
+    assert first.result().succeeded
+
+    second = Waiting(RayJobLauncher(config, kube), job).start()
+    operator.collect_garbage()
+    until(lambda: (operator.find() or {"metadata": {"uid": uid}})["metadata"]["uid"] != uid, "a new RayJob")
+    assert read_result(job) is None
     operator.succeed()
 
     assert second.result().succeeded
@@ -75,6 +101,7 @@ def test_another_spec_under_the_same_name_is_replaced_only_when_it_has_ended(
     operator.status("Complete", "SUCCEEDED")
     first.result()
     other = launch(image="registry.example/other")
+    operator.collect_garbage()
     until(lambda: (operator.find() or {"metadata": {"uid": uid}})["metadata"]["uid"] != uid, "a new RayJob")
     operator.succeed()
     assert other.result().succeeded
