@@ -94,8 +94,8 @@ class ClusterConfig:
     keep_seconds: Annotated[int, Ge(0)] = option(600, "how long an ended job's pods stay, to be looked at")
     heartbeat_seconds: Count = option(
         60,
-        "how often the waiting task says that it is alive; after ten times that, and at least 15 minutes and two periods, its "
-        "jobs are removed",
+        "how often the waiting task says that it is alive; after ten times that, and at least 15 minutes and two "
+        "periods, its jobs are removed",
     )
 
 
