@@ -25,6 +25,8 @@ CANCEL_HELP = "end a run on Kubeflow Pipelines"
 LOGS_HELP = "print what a step of a run on Kubeflow Pipelines has printed"
 
 RUN_HELP = "id of the run, its beginning, or the run's name (`dpo runs CONFIG --kfp` lists them)"
+CONTENT = ("experiment", "service_account", "image", "argument", "no_cache")
+"""Options that say what is to run."""
 LAST_LINES = 20
 """Of a failed step's log that are shown."""
 REFUSED = 3
@@ -47,6 +49,9 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
         help="value of another argument of the pipeline; may be repeated",
     )
     parser.add_argument("--wait", action="store_true", help="show the steps until the run ends, and exit as it ended")
+    parser.add_argument(
+        "--attach", metavar="RUN", help="start nothing, and wait for a run that is there: its id or name"
+    )
 
 
 def add_cancel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +66,20 @@ def add_logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Uploads the pipeline if this version is not there, starts a run and, if asked to, waits for it."""
+    """Uploads the pipeline if this version is not there, starts a run and, if asked to, waits for it.
+
+    Raises:
+        UserError: a mistake in what was given; nothing was started.
+        RunError: the run failed, or is not followed any more.
+    """
     from dpo_train.cluster.kubeflow import submission as submissions
     from dpo_train.cluster.kubeflow.client import connect
     from dpo_train.cluster.kubeflow.login import address
 
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.attach is not None:
+        refuse_options(arguments, ("name", *CONTENT), "the run that --attach names has started already")
+        return _attach(config, arguments)
     where = address(config.kubeflow)
     submission = _submission(config, arguments)
     if config.tracking.uri is None and storage.is_remote(config.store):
@@ -76,14 +89,7 @@ def submit(arguments: argparse.Namespace) -> int:
     made = submissions.submit(kubeflow, submission, _tell)
     _tell(f"submitted {submission.name}: {made.run_id} ({submission.pipeline} {made.version.name})")
     _tell(kubeflow.link(made.run_id))
-    if not arguments.wait:
-        return 0
-    try:
-        return _wait(kubeflow, config, made.run_id, submission.package)
-    except KeyboardInterrupt:
-        command = shlex.join(["dpo", "cancel", str(arguments.config), made.run_id])
-        print(f"dpo: no longer waiting; the run goes on, and `{command}` ends it", file=sys.stderr)
-        return 130
+    return _follow(kubeflow, config, arguments.config, made.run_id, submission.package.steps) if arguments.wait else 0
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -145,14 +151,21 @@ def parse_arguments(package: Package, given: Sequence[str]) -> dict[str, Any]:
         ConfigError: one has no "=".
     """
     from dpo_train.cluster.kubeflow.package import parse_argument
+    from dpo_train.tracking import redacted
 
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise ConfigError("--argument needs a name and a value", got=text, expected="NAME=VALUE")
+            raise ConfigError("--argument needs a name and a value", got=redacted(text), expected="NAME=VALUE")
         found[name] = parse_argument(package, name, value)
     return found
+
+
+def refuse_options(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """An option that would have no effect is a mistake."""
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
+        raise ConfigError(f"{', '.join(given)} has no effect here: {why}")
 
 
 def default_name(config: Path) -> str:
@@ -184,27 +197,49 @@ def _submission(config: RunConfig, arguments: argparse.Namespace) -> Submission:
     )
 
 
-def _wait(kubeflow: Kubeflow, config: RunConfig, run_id: str, package: Package) -> int:
+def _attach(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Waits for a run that somebody has started, or that has ended already."""
+    from dpo_train.cluster.kubeflow import runs
+
+    kubeflow = _connect(config)
+    run = runs.find(kubeflow, arguments.attach)
+    steps = runs.package_of_run(kubeflow, run).steps
+    _tell(kubeflow.link(run.run_id))
+    return _follow(kubeflow, config, arguments.config, run.run_id, steps)
+
+
+def _follow(kubeflow: Kubeflow, config: RunConfig, file: Path, run_id: str, steps: Sequence[Step]) -> int:
+    """Waits for a run that has started; Ctrl-C ends the waiting alone."""
+    try:
+        return _wait(kubeflow, config, run_id, steps)
+    except KeyboardInterrupt:
+        ending = shlex.join(["dpo", "cancel", str(file), run_id])
+        waiting = shlex.join(["dpo", "submit", str(file), "--attach", run_id])
+        print(f"dpo: no longer waiting; the run goes on, and `{ending}` ends it; `{waiting}` waits on", file=sys.stderr)
+        return 130
+
+
+def _wait(kubeflow: Kubeflow, config: RunConfig, run_id: str, steps: Sequence[Step]) -> int:
     """Shows the steps until the run has ended.
 
     Raises:
-        RunError: it failed, or was canceled.
+        RunError: it failed, or was canceled, or what its gate said cannot be learnt.
     """
     from dpo_train.cli.kubeflow_show import Steps, outcome
     from dpo_train.cluster.kubeflow.following import follow
 
     with Steps() as display:
-        ended = follow(kubeflow, run_id, package.steps, display.changed, display.tell)
-    if ended.state == "SUCCEEDED":
-        came_of, why = outcome(kubeflow, config, run_id, package.steps)
-        if came_of == "refused":
-            print(f"Refused. {why}")
-            return REFUSED
-        _tell(why)
-        return 0
+        ended = follow(kubeflow, run_id, steps, display.changed, display.tell)
     if ended.state == "FAILED":
-        raise _failure(kubeflow, ended, package.steps)
-    raise RunError(f"The run {ended.name} has ended without a result", got=ended.state.lower())
+        raise _failure(kubeflow, ended, steps)
+    if ended.state != "SUCCEEDED":
+        raise RunError(f"The run {ended.name} has ended without a result", got=ended.state.lower())
+    came_of, why = outcome(kubeflow, config, ended, steps)
+    if came_of == "refused":
+        print(f"Refused. {why}")
+        return REFUSED
+    _tell(why)
+    return 0
 
 
 def _failure(kubeflow: Kubeflow, ended: RunView, steps: Sequence[Step]) -> RunError:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_train.config import RunConfig
-from dpo_train.errors import UserError
+from dpo_train.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from dpo_train.cluster.kubeflow.client import Kubeflow
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 OUTCOME_MARK = "dpo-outcome "
 """Before the JSON with ``outcome`` and ``why`` among the lines that a step prints."""
 
-_OUTCOME_STEPS = ("register", "resolve")
+_GATE_STEP = "register"
+"""In which the gate's word is heeded."""
+_OUTCOME_STEPS = (_GATE_STEP, "resolve")
+_GOOD = frozenset({"registered", "promoted", "unchanged", "refused"})
+"""What can have come of a run that has succeeded."""
 _COLUMNS = ("name", "status", "age", "took", "run id")
 _COLOURS = {"RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELED": "yellow"}
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -137,18 +141,32 @@ def plain(text: str) -> str:
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def outcome(kubeflow: Kubeflow, config: RunConfig, run_id: str, steps: Sequence[Step]) -> tuple[str | None, str]:
+def outcome(kubeflow: Kubeflow, config: RunConfig, run: RunView, steps: Sequence[Step]) -> tuple[str | None, str]:
     """What came of a run that succeeded, and a line about it: Kubeflow does not know that a gate refuses.
 
     MLflow knows it; where it cannot be asked from here, the steps' logs say it.
+
+    Raises:
+        RunError: the gate was asked, and what it said cannot be learnt, or something else is said of the run.
     """
+    found: tuple[str, str] | None = None
     with suppress(UserError):
-        if found := _outcome_in_mlflow(config, run_id):
-            return found
-    with suppress(UserError):
-        if found := _outcome_in_logs(kubeflow, run_id, steps):
-            return found
-    return None, "the run succeeded; what its gate said can be seen in MLflow (`dpo runs`), which does not answer here"
+        found = _outcome_in_mlflow(config, run.run_id)
+    if found is None:
+        with suppress(UserError):
+            found = _outcome_in_logs(kubeflow, run.run_id, steps)
+    if found is not None and found[0] not in _GOOD:
+        raise RunError(f"The run {run.name} has succeeded to Kubeflow, but is said to be {found[0]}", got=found[1])
+    if found is not None:
+        return found
+    if any(step.name == _GATE_STEP and step.state == "SUCCEEDED" for step in run.steps):
+        raise RunError(
+            f"The run {run.name} has succeeded, but the gate's word is unknown: neither MLflow nor the log of "
+            f"{_GATE_STEP} tells it here",
+            fix=f"look in MLflow at the run whose tag dpo.kubeflow_run is {run.run_id}, or at `dpo logs CONFIG "
+            f"{run.run_id} {_GATE_STEP}`",
+        )
+    return None, "the run succeeded, and registered nothing"
 
 
 def _outcome_in_mlflow(config: RunConfig, run_id: str) -> tuple[str, str] | None:
@@ -181,10 +199,19 @@ def _outcome_in_logs(kubeflow: Kubeflow, run_id: str, steps: Sequence[Step]) -> 
     for step in (step for name in _OUTCOME_STEPS for step in steps if step.name == name):
         with suppress(UserError):
             for line in reversed(plain(read_log(kubeflow, run, step)).splitlines()):
-                if line.startswith(OUTCOME_MARK):
-                    found = json.loads(line.removeprefix(OUTCOME_MARK))
-                    return str(found["outcome"]), str(found["why"])
+                if found := _outcome_line(line):
+                    return found
     return None
+
+
+def _outcome_line(line: str) -> tuple[str, str] | None:
+    if not line.startswith(OUTCOME_MARK):
+        return None
+    try:
+        found = json.loads(line.removeprefix(OUTCOME_MARK))
+        return str(found["outcome"]), str(found["why"])
+    except (ValueError, TypeError, KeyError):  # a line that was cut off, or somebody else's
+        return None
 
 
 def _took(step: StepView) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from dpo_train.cli.kubeflow import CONTENT, refuse_options
 from dpo_train.config import RunConfig, load_config
 from dpo_train.errors import ConfigError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 HELP = "start the pipeline on Kubeflow Pipelines again and again, by the clock"
 _TIMING = ("timezone", "cluster_timezone", "start", "end")
-_CONTENT = ("experiment", "service_account", "image", "argument", "no_cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def schedule(arguments: argparse.Namespace) -> int:
     """Does what the action says; all that can be checked without asking anybody comes first."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.action not in {"create", "update"}:
-        _refuse_options(arguments, ("cron", *_TIMING, *_CONTENT), f"{arguments.action} only takes --name")
+        refuse_options(arguments, ("cron", *_TIMING, *CONTENT), f"{arguments.action} only takes --name")
     name = arguments.config.stem if arguments.name is None else arguments.name
     if not name.strip():
         raise ConfigError("The schedule's name is empty", fix="give --name, or leave it out for the config file's")
@@ -88,7 +88,7 @@ def _update(config: RunConfig, arguments: argparse.Namespace, name: str) -> int:
     from dpo_train.cluster.kubeflow.schedule_content import Schedule
 
     if arguments.cron is None:
-        _refuse_options(arguments, _TIMING, "an update keeps the times, unless --cron gives others")
+        refuse_options(arguments, _TIMING, "an update keeps the times, unless --cron gives others")
     given = None if arguments.cron is None else _timetable(arguments)
     submission = _submission(config, arguments, name)
     kubeflow = _connect(config)
@@ -148,12 +148,6 @@ def _list(config: RunConfig, arguments: argparse.Namespace, name: str) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def _refuse_options(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """An option that would have no effect is a mistake."""
-    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
-        raise ConfigError(f"{', '.join(given)} has no effect here: {why}")
 
 
 def _timetable(arguments: argparse.Namespace) -> Timetable:

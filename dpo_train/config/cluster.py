@@ -20,7 +20,7 @@ LaunchedStage = Literal["prepare", "sft", "score_reference", "sweep", "train", "
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-MountPath = Annotated[str, Field(pattern=r"^/[^:]*$")]
+MountPath = Annotated[str, Field(pattern=r"^/[^:/][^:]*$")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,6 @@
 No Kubeflow runs in a test: it needs a cluster with Argo and MySQL. What the server does was read in Kubeflow's source
 (release 2.17) and is named where it is not plain.
 
-server: HTTP, logins, faults;  state: what it holds;  pipelines, runs: its routes;  messages: checks;  argo: runs that
-advance;  commands: the command line against it
+server: HTTP, logins, faults;  state: what it holds;  pipelines, runs, recurring: its routes;  messages: checks;
+argo: runs that advance;  scenes: ... while they are waited for;  commands: the command line against it
 """

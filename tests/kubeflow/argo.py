@@ -44,11 +44,13 @@ class Play:
             self._set(path, "RUNNING" if number == len(logs) - 1 else "FAILED", parent=above)
             self._state.logs[self.pod(path, f"retry-{_TEMPLATE}")] = log
 
-    def fail_driver(self, step: str, log: str, message: str | None = None) -> None:
+    def fail_driver(
+        self, step: str, log: str, message: str | None = None, template: str = "system-container-driver"
+    ) -> None:
         """Kubeflow's own container before the step's fails."""
         path = (*self.paths[step][:-1], f"{step}-driver")
         self._set(path, "FAILED", message)
-        self._state.logs[self.pod(path, "system-container-driver")] = log
+        self._state.logs[self.pod(path, template)] = log
 
     def end(self, state: str) -> None:
         self._set((), state)
@@ -92,7 +94,7 @@ class Play:
         if state in {"SUCCEEDED", "FAILED", "SKIPPED"}:
             node["end_time"] = self._state.now()
         if path:
-            self._attach(path, path[:-1] if parent is None else parent)
+            self._attach(path, _above(path) if parent is None else parent)
         self._run["run_details"] = {"task_details": list(self._nodes.values())}
 
     def _attach(self, path: tuple[str, ...], parent: tuple[str, ...]) -> None:
@@ -115,12 +117,23 @@ def _node(workflow: str, path: tuple[str, ...]) -> str:
     return f"{workflow}-{digest}"
 
 
+def _above(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A hook is a child of the node that it waits for, whose sister it is called like."""
+    return (*path[:-1], path[-1].removesuffix(".onExit")) if path[-1].endswith(".onExit") else path[:-1]
+
+
 def _paths(
     spec: dict[str, Any], component: dict[str, Any], above: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     for name, task in component["dag"]["tasks"].items():
         inner = spec["components"][task["componentRef"]["name"]]
+        at, policy = above, task.get("triggerPolicy", {})
+        if policy.get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED":
+            # Kubeflow's compiler makes such a task the exit hook of what it depends on (argocompiler/dag.go), and Argo
+            # calls a hook's node <node>.onExit (workflow/common/util.go).
+            (before,) = task["dependentTasks"]
+            at = (*above, f"{before}.onExit")
         if "dag" in inner:
-            yield from _paths(spec, inner, (*above, name))
+            yield from _paths(spec, inner, (*at, name))
         else:
-            yield name, (*above, name)
+            yield name, (*at, name)

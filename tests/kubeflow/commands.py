@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from dpo_train import cli
-from dpo_train.cli import kubeflow, parser
 from tests.kubeflow.server import Server
 
 CONFIG: dict[str, Any] = {
@@ -21,11 +19,8 @@ CONFIG: dict[str, Any] = {
     "tracking": {"uri": "http://mlflow.example.com"},
 }
 
-COMMANDS = {
-    "submit": (kubeflow.SUBMIT_HELP, kubeflow.submit, kubeflow.add_submit_arguments),
-    "cancel": (kubeflow.CANCEL_HELP, kubeflow.cancel, kubeflow.add_cancel_arguments),
-    "logs": (kubeflow.LOGS_HELP, kubeflow.logs, kubeflow.add_logs_arguments),
-}
+PROCESS = (sys.executable, "-c", "import sys; from dpo_train.cli import main; sys.exit(main())")
+"""The command line as a process of its own."""
 
 
 def write_config(folder: Path, server: Server | None = None, **sections: Any) -> Path:
@@ -44,23 +39,3 @@ def dpo(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     code = cli.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def register() -> None:
-    """Makes the commands known to ``dpo`` where it does not know them yet."""
-    known = parser.build_parser
-
-    def build() -> argparse.ArgumentParser:
-        built = known()
-        subparsers = next(action for action in built._actions if isinstance(action, argparse._SubParsersAction))
-        for name in COMMANDS.keys() - subparsers.choices.keys():
-            text, command, add_arguments = COMMANDS[name]
-            parser._with_config(subparsers, name, text, command, add_arguments)
-        return built
-
-    cli.build_parser = build
-
-
-if __name__ == "__main__":
-    register()
-    sys.exit(cli.main())

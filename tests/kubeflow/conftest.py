@@ -10,7 +10,6 @@ pytest.importorskip("kfp")
 
 from dpo_train.cluster.kubeflow import client, following, login
 from dpo_train.cluster.kubeflow.following import Patience
-from tests.kubeflow import commands
 from tests.kubeflow.server import Server, serving
 
 
@@ -22,7 +21,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
     monkeypatch.setattr(following, "PATIENCE", Patience(first_seconds=0.01, last_seconds=0.02))
-    commands.register()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
 @pytest.fixture

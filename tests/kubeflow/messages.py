@@ -15,7 +15,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "V2beta1PipelineVersionReference": ("pipeline_id", "pipeline_version_id"),
     "V2beta1Experiment": ("display_name",),
     "V2beta1Pipeline": ("display_name",),
-}
+    "V2beta1RecurringRun": (
+        "display_name", "experiment_id", "pipeline_version_reference", "runtime_config", "trigger", "mode",
+        "max_concurrency", "no_catchup",
+    ),
+    "V2beta1CronSchedule": ("cron",),
+}  # fmt: skip
 """Of requests. Kubeflow would fill in some of them; ours are always complete."""
 
 

@@ -16,7 +16,12 @@ _FIELDS = ("display_name", "name", "created_at", "description", "namespace")
 
 @route("GET", "/apis/v2beta1/healthz", None)
 def health(state: State, request: Request) -> dict[str, Any]:
-    return {"commit_sha": "unknown", "tag_name": "2.17.0", "multi_user": state.multi_user, "pipeline_store": "database"}
+    return {
+        "commit_sha": "unknown",
+        "tag_name": state.release,
+        "multi_user": state.multi_user,
+        "pipeline_store": "database",
+    }
 
 
 @route("GET", "/apis/v2beta1/experiments", "V2beta1ListExperimentsResponse")

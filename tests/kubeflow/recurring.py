@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import re
 from typing import Any
 
 from dateutil.parser import isoparse
 
-from tests.kubeflow import messages, pipelines
 from tests.kubeflow.runs import check_parameters
-from tests.kubeflow.server import ROUTES, Request, route
+from tests.kubeflow.server import Request, route
 from tests.kubeflow.state import RefusalError, State, find, new_id, page
 
 _FIELDS = ("recurring_run_id", "display_name", "created_at", "updated_at", "description", "namespace")
-_ALWAYS = ("display_name", "experiment_id", "pipeline_version_reference", "runtime_config", "trigger", "mode",
-           "max_concurrency", "no_catchup")  # fmt: skip
-RELEASE = "2.17.0"
-"""Of the server. A test may set another."""
-messages.REQUIRED["V2beta1RecurringRun"] = _ALWAYS
-messages.REQUIRED["V2beta1CronSchedule"] = ("cron",)
-
-
-def _health(state: State, request: Request) -> dict[str, Any]:
-    return {**pipelines.health(state, request), "tag_name": RELEASE}
-
-
-# Before the one that knows one release only.
-ROUTES.insert(0, ("GET", re.compile("/apis/v2beta1/healthz"), None, _health))
 
 
 @route("POST", "/apis/v2beta1/recurringruns", "V2beta1RecurringRun")
@@ -79,7 +63,7 @@ def delete(state: State, request: Request) -> dict[str, Any]:
     """Kubernetes ends what belongs to it, unless it is told to leave that alone, which release 2.16 has taught it."""
     gone = find(state.recurring_runs, request.names[0], "Job")
     del state.recurring_runs[gone["recurring_run_id"]]
-    if request.query.get("propagation_policy") != "ORPHAN" or tuple(map(int, RELEASE.split(".")[:2])) < (2, 16):
+    if request.query.get("propagation_policy") != "ORPHAN" or tuple(map(int, state.release.split(".")[:2])) < (2, 16):
         for run in state.runs.values():
             if run.get("recurring_run_id") == gone["recurring_run_id"] and run["state"] in {"PENDING", "RUNNING"}:
                 run["state"] = "FAILED"

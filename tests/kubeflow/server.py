@@ -130,7 +130,7 @@ class Server:
 def serving(state: State | None = None, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A server until the end of the block."""
     # Importing them adds their routes.
-    from tests.kubeflow import pipelines, runs  # noqa: F401
+    from tests.kubeflow import pipelines, recurring, runs  # noqa: F401
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     http.daemon_threads = True

@@ -47,6 +47,7 @@ class State:
     """By the name of the pod."""
     logs_by_api: bool = True
     """False: as in release 2.17 with several users, whose log endpoint never knows who asks."""
+    release: str = "2.17.0"
     pod_names: str = "v2"
     """As Argo's POD_NAMES."""
     clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(tz=datetime.UTC)

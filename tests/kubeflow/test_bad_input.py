@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,6 @@ def test_what_the_cluster_cannot_see(
     assert server.requests == []
 
 
-def test_mounted_volume_is_seen(server: Server, tmp_path: Path, capsys: Capture) -> None:
-    """A path below one of cluster.volumes is no path of this machine."""
-    config = write_config(
-        tmp_path, server, store="/data/store", model={"path": "/data/model"}, cluster={"volumes": {"/data": "claim"}}
-    )
-
-    assert dpo(capsys, "submit", config)[0] == 0
-
-
 def test_secret_in_the_config(server: Server, tmp_path: Path, capsys: Capture) -> None:
     """The config becomes an argument that all may read: a password in an address is refused and not shown."""
     config = write_config(tmp_path, server, tracking={"uri": "https://me:hunter2@mlflow.example.com"})
@@ -81,20 +73,49 @@ def test_image_without_a_version(image: str, server: Server, tmp_path: Path, cap
     ("arguments", "said"),
     [
         (["--argument", "speed=9"], "has no argument speed. Expected: config,"),
-        (["--argument", "config=x"], "argument config comes from the config"),
+        (["--argument", "config=x"], "argument config is not set by --argument. What to do: it is the config file"),
+        (["--argument", "run_name=x"], "argument run_name is not set by --argument. What to do: give --name"),
+        (["--argument", "image=dpo:1"], "argument image is not set by --argument. What to do: give --image"),
+        (
+            ["--argument", 'overrides=["train.beta=1"]'],
+            "argument overrides is not set by --argument. What to do: write",
+        ),
         (["--argument", "speed"], "needs a name and a value"),
-        (["--argument", "overrides=train.beta=1"], "overrides has another type. Got: 'train.beta=1'. Expected: a list"),
     ],
 )
 def test_arguments_of_the_pipeline(
     arguments: list[str], said: str, server: Server, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Unknown, given twice or of another type: found in the compiled pipeline, on the laptop."""
-    from dpo_train.cli.kubeflow import compiled_pipeline
-
-    if "overrides" in said and "overrides" not in compiled_pipeline().parameters:
-        pytest.skip("the pipeline has no argument that is no text")
+    """Unknown, or with a way of its own: found in the compiled pipeline, on the laptop."""
     assert said in refused(server, capsys, write_config(tmp_path, server), *arguments)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["tracking.uri=https://me:hunter2@mlflow.example.com", "store=/home/me/store", "train.bta=1"],
+)
+def test_overrides_have_one_way_in(override: str, server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """On the command line they are part of the config that is checked; as the pipeline's argument nothing would be."""
+    config = write_config(tmp_path, server)
+
+    assert "hunter2" not in refused(server, capsys, config, override)
+    err = refused(server, capsys, config, "--argument", f"overrides={json.dumps([override])}")
+    assert "write them behind the config" in err
+    assert "hunter2" not in err
+
+
+def test_secret_in_another_argument(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """It is looked for before anything else is said of the argument, and not shown."""
+    for text in ("speed=https://me:hunter2@example.com", "https://me:hunter2@example.com"):
+        err = refused(server, capsys, write_config(tmp_path, server), "--argument", text)
+        assert "hunter2" not in err
+
+
+def test_claim_that_kubeflow_cannot_mount(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """It would call the pod's volume as the claim is called."""
+    config = write_config(tmp_path, server, cluster={"volumes": {"/data": "my.claim"}})
+
+    assert "whose name has a dot" in refused(server, capsys, config)
 
 
 def test_mistake_in_the_config(server: Server, tmp_path: Path, capsys: Capture) -> None:

@@ -66,6 +66,24 @@ def test_driver_of_a_step_that_never_started(play: Play, config: Path, capsys: C
     assert dpo(capsys, "logs", config, "mine", "train")[1] == "no such image\n"
 
 
+def test_step_that_comes_whatever_has_happened(play: Play, config: Path, capsys: Capture) -> None:
+    """To Argo it is a hook of what it waits for, and its pod's name is made of another path."""
+    play.fail("prepare", "broken\n")
+    play.succeed("notify", "told\n")
+
+    assert dpo(capsys, "logs", config, "mine", "notify")[1] == "told\n"
+    play.retry("notify", "first\n", "second\n")
+    assert dpo(capsys, "logs", config, "mine", "notify")[1] == "second\n"
+
+
+@pytest.mark.parametrize("template", ["system-container-driver", "exit-system-container-driver"])
+def test_driver_of_a_hook_that_never_started(template: str, play: Play, config: Path, capsys: Capture) -> None:
+    """Newer releases of Kubeflow have a template of its own for it."""
+    play.fail_driver("notify", "no such secret\n", template=template)
+
+    assert dpo(capsys, "logs", config, "mine", "notify")[1] == "no such secret\n"
+
+
 def test_log_as_the_page_gets_it(server: Server, tmp_path: Path, capsys: Capture) -> None:
     """With several users the API server of release 2.17 refuses everyone; the page's server asks who it is."""
     server.state.multi_user, server.state.namespaces, server.state.logs_by_api = True, {"team-a"}, False

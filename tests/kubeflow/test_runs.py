@@ -122,10 +122,13 @@ def test_name_of_several_runs(config: Path, server: Server, capsys: Capture) -> 
     assert all(run_id in err for run_id in server.state.runs)
 
 
-@pytest.mark.parametrize("text", ["nothing", "0" * 8 + "-0000-0000-0000-" + "0" * 12])
-def test_run_that_is_not_there(text: str, config: Path, capsys: Capture) -> None:
-    """By name and by id."""
+@pytest.mark.parametrize("text", ["", " ", "nothing", "0" * 8 + "-0000-0000-0000-" + "0" * 12])
+def test_run_that_is_not_there(text: str, config: Path, server: Server, capsys: Capture) -> None:
+    """By name and by id; nothing at all, as of a variable that is not set, means no run."""
+    del server.state.runs[ids(server)["one"]]
+
     code, _, err = dpo(capsys, "cancel", config, text)
 
     assert code == 2
     assert f"Kubeflow has no run {text!r}" in err
+    assert server.state.runs[ids(server)["two"]]["state"] == "PENDING"

@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 
-from dpo_train.cli import schedule
 from dpo_train.cluster.kubeflow import schedule_care
 from dpo_train.config import load_config, parse_config
-from tests.kubeflow import commands, recurring
+from tests.kubeflow import recurring
 from tests.kubeflow.commands import dpo, write_config
 from tests.kubeflow.server import Server
 from tests.kubeflow.state import new_id
 
 Capture = pytest.CaptureFixture[str]
 
-commands.COMMANDS.setdefault("schedule", (schedule.HELP, schedule.schedule, schedule.add_arguments))
 SCHEDULES = "/apis/v2beta1/recurringruns"
 # Far from any time at which the tests run.
 NIGHTLY = ("create", "--cron", "0 3 29 2 *", "--name", "nightly")
@@ -212,14 +210,12 @@ def test_update_waits_while_one_of_them_is_due(
     assert "waiting 25 s: it is 03:00:00's turn just now" in out
 
 
-def test_old_kubeflow_would_end_the_run_with_its_schedule(
-    server: Server, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_kubeflow_would_end_the_run_with_its_schedule(server: Server, tmp_path: Path, capsys: Capture) -> None:
     """Before release 2.16 neither update nor delete takes the schedule from under a run."""
     config = write_config(tmp_path, server)
     dpo(capsys, "schedule", config, *NIGHTLY)
     run = recurring.fire(server.state, only(server)["recurring_run_id"], "RUNNING")
-    monkeypatch.setattr(recurring, "RELEASE", "2.15.2")
+    server.state.release = "2.15.2"
 
     for action in (("update", "train.beta=0.3"), ("delete",)):
         code, _, err = dpo(capsys, "schedule", config, *action, "--name", "nightly")

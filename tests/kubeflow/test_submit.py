@@ -50,6 +50,26 @@ def test_same_content_is_not_uploaded_again(server: Server, tmp_path: Path, caps
     assert len({run["pipeline_version_reference"]["pipeline_version_id"] for run in server.state.runs.values()}) == 1
 
 
+def test_volumes_are_mounted_into_every_task(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """A path below one of cluster.volumes is no path of this machine, and the tasks have what is promised."""
+    dpo(capsys, "submit", write_config(tmp_path, server))
+    places = {"store": "/data/store", "model": {"path": "/models/a"}}
+    config = write_config(tmp_path, server, **places, cluster={"volumes": {"/data": "pairs", "/models": "hub"}})
+
+    assert dpo(capsys, "submit", config)[0] == 0
+
+    (plain, mounted) = (version["pipeline_spec"] for version in server.state.versions.values())
+    tasks = plain["pipeline_spec"]["deploymentSpec"]["executors"].keys()
+    executors = mounted["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors.keys() == tasks
+    for executor in executors.values():
+        assert [(mount["mountPath"], mount["constant"]) for mount in executor["pvcMount"]] == [
+            ("/data", "pairs"),
+            ("/models", "hub"),
+        ]
+        assert executor["secretAsEnv"]
+
+
 def test_another_image_is_another_version(server: Server, tmp_path: Path, capsys: Capture) -> None:
     """--image stands in every container of a version of its own."""
     config = write_config(tmp_path, server)

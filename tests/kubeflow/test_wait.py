@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,41 +13,11 @@ import pytest
 from dpo_train.cluster.kubeflow import following
 from dpo_train.cluster.kubeflow.following import Patience
 from tests.kubeflow.argo import Play
-from tests.kubeflow.commands import dpo, write_config
+from tests.kubeflow.commands import PROCESS, dpo, write_config
+from tests.kubeflow.scenes import STEPS, stage, whole
 from tests.kubeflow.server import Server
 
 Capture = pytest.CaptureFixture[str]
-Scene = Callable[[Play], Iterator[None]]
-STEPS = ("resolve", "prepare", "sft", "score-reference", "sweep", "train", "evaluate", "register")
-
-
-def stage(server: Server, scene: Scene) -> None:
-    """Lets the only run go on by one `yield` of the scene whenever it is asked for."""
-    lock, scenes = threading.Lock(), []
-
-    def act() -> None:
-        with lock:
-            if not scenes:
-                (run_id,) = server.state.runs
-                scenes.append(scene(Play(server.state, run_id)))
-            next(scenes[0], None)
-
-    server.before("/apis/v2beta1/runs/[^/:]+", act)
-
-
-def whole(outcome: str) -> Scene:
-    """Everything succeeds, and the last step prints what came of it."""
-
-    def scene(play: Play) -> Iterator[None]:
-        for step in STEPS:
-            play.start(step)
-            yield
-            play.succeed(step, outcome if step == "register" else "")
-            yield
-        play.end("SUCCEEDED")
-        yield
-
-    return scene
 
 
 def test_steps_are_told_as_they_come(server: Server, tmp_path: Path, capsys: Capture) -> None:
@@ -64,54 +32,6 @@ def test_steps_are_told_as_they_come(server: Server, tmp_path: Path, capsys: Cap
     assert [pair for pair in told if pair[0] in STEPS] == steps
     assert [pair for pair in told if pair[0] == "run"] == [["run", "running"], ["run", "succeeded"]]
     assert out.splitlines()[-1] == "dpo version 7"
-
-
-def test_refusing_gate_is_exit_code_three(server: Server, tmp_path: Path, capsys: Capture) -> None:
-    """To Kubeflow the run has succeeded; the step's log says what the gate said."""
-    stage(server, whole('words\ndpo-outcome {"outcome": "refused", "why": "accuracy 0.4 is below 0.5"}\nmore words\n'))
-
-    code, out, _ = dpo(capsys, "submit", write_config(tmp_path, server), "--wait")
-
-    assert code == 3
-    assert out.splitlines()[-1] == "Refused. accuracy 0.4 is below 0.5"
-
-
-def test_refusing_gate_is_seen_in_mlflow(
-    server: Server, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where MLflow answers here, the tags of the run that Kubeflow's id is noted in count, and no log is read."""
-    from dpo_train.config import load_config
-    from dpo_train.tracking import Tracking
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    config = write_config(tmp_path, server, tracking={"uri": None})
-
-    def scene(play: Play) -> Iterator[None]:
-        tracking = Tracking(load_config(config))
-        run_id = tracking.start_pipeline("mine", kubeflow_run=next(iter(server.state.runs)))
-        tracking.set_tags(run_id, {"dpo.registered": "false", "dpo.refusal": "the KL is 9.3"})
-        play.end("SUCCEEDED")
-        yield
-
-    stage(server, scene)
-
-    code, out, _ = dpo(capsys, "submit", config, "--wait")
-
-    assert code == 3
-    assert out.splitlines()[-1] == "Refused. the KL is 9.3"
-    assert not any(request.path.endswith("log") for request in server.requests)
-
-
-def test_outcome_that_nobody_tells(server: Server, tmp_path: Path, capsys: Capture) -> None:
-    """Neither MLflow nor a log can be read: success by Kubeflow's word, and it is said that the gate's is not known."""
-    server.fail("log", "status", times=99)
-    config = write_config(tmp_path, server, tracking={"uri": "http://mlflow.invalid:9"})
-    stage(server, whole(""))
-
-    code, out, _ = dpo(capsys, "submit", config, "--wait")
-
-    assert code == 0
-    assert "what its gate said can be seen in MLflow" in out.splitlines()[-1]
 
 
 def test_failed_step_shows_its_last_lines(server: Server, tmp_path: Path, capsys: Capture) -> None:
@@ -154,22 +74,6 @@ def test_failed_driver_is_the_steps_failure(server: Server, tmp_path: Path, caps
     assert "failed in prepare" in err
     assert "driver failed" in err
     assert "  driver: no such secret" in out.splitlines()
-
-
-def test_run_with_nothing_to_do_succeeds(server: Server, tmp_path: Path, capsys: Capture) -> None:
-    """The steps behind a condition that does not hold are skipped."""
-
-    def scene(play: Play) -> Iterator[None]:
-        play.succeed("resolve", 'dpo-outcome {"outcome": "unchanged", "why": "made of the same data"}\n')
-        play.end("SUCCEEDED")
-        yield
-
-    stage(server, scene)
-
-    code, out, _ = dpo(capsys, "submit", write_config(tmp_path, server), "--wait")
-
-    assert code == 0
-    assert out.splitlines()[-1] == "made of the same data"
 
 
 def test_canceled_run_is_exit_code_one(server: Server, tmp_path: Path, capsys: Capture) -> None:
@@ -216,7 +120,7 @@ def test_server_that_stays_away(
 def test_login_that_expires_meanwhile(
     server: Server, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No waiting helps: it is said at once."""
+    """No waiting helps: it is said at once, and that the run goes on, and how to wait on. Nothing given was wrong."""
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "valid")
 
     def scene(play: Play) -> Iterator[None]:
@@ -229,8 +133,69 @@ def test_login_that_expires_meanwhile(
 
     code, _, err = dpo(capsys, "submit", write_config(tmp_path, server), "--wait")
 
-    assert code == 2
+    (run_id,) = server.state.runs
+    assert code == 1
+    assert f"The run {run_id} goes on" in err
     assert "does not know who asks" in err
+    assert f"`dpo submit CONFIG --attach {run_id}` waits on" in err
+    assert f"{server.url}/#/runs/details/{run_id}" in err
+
+
+def test_run_that_is_deleted_meanwhile(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """It was started, and nobody can wait for it any more."""
+
+    def scene(play: Play) -> Iterator[None]:
+        play.start("resolve")
+        yield
+        server.state.runs.clear()
+        yield
+
+    stage(server, scene)
+
+    code, _, err = dpo(capsys, "submit", write_config(tmp_path, server), "--wait")
+
+    assert code == 1
+    assert "was deleted in Kubeflow while it was waited for" in err
+
+
+def test_waiting_for_a_run_that_is_there(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """--attach follows it by the steps of its own pipeline, and starts nothing."""
+    config = write_config(tmp_path, server)
+    dpo(capsys, "submit", config, "--name", "mine")
+    before = server.changes()
+    stage(server, whole('dpo-outcome {"outcome": "refused", "why": "accuracy 0.4 is below 0.5"}\n'))
+
+    code, out, err = dpo(capsys, "submit", config, "--attach", "mine")
+
+    assert (code, err) == (3, "")
+    assert f"{server.url}/#/runs/details/{next(iter(server.state.runs))}" in out.splitlines()
+    assert out.splitlines()[-1] == "Refused. accuracy 0.4 is below 0.5"
+    assert server.changes() == before
+
+
+@pytest.mark.parametrize("run", ["", "another"])
+def test_waiting_for_a_run_that_is_not_there(run: str, server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """The one run that is there is not meant by a variable that is not set."""
+    config = write_config(tmp_path, server)
+    dpo(capsys, "submit", config)
+
+    code, _, err = dpo(capsys, "submit", config, "--attach", run)
+
+    assert code == 2
+    assert f"Kubeflow has no run {run!r}" in err
+
+
+def test_options_of_a_submission_mean_nothing_to_a_run_that_is_there(
+    server: Server, tmp_path: Path, capsys: Capture
+) -> None:
+    """What has no effect is a mistake."""
+    code, _, err = dpo(
+        capsys, "submit", write_config(tmp_path, server), "--attach", "mine", "--name", "a", "--image", "dpo:1"
+    )
+
+    assert code == 2
+    assert "--name, --image has no effect here" in err
+    assert server.requests == []
 
 
 def test_interrupt_leaves_the_run_alone(server: Server, tmp_path: Path) -> None:
@@ -244,12 +209,11 @@ def test_interrupt_leaves_the_run_alone(server: Server, tmp_path: Path) -> None:
     stage(server, scene)
     config = write_config(tmp_path, server)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.kubeflow.commands", "submit", str(config), "--wait"],
+        [*PROCESS, "submit", str(config), "--wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -261,6 +225,7 @@ def test_interrupt_leaves_the_run_alone(server: Server, tmp_path: Path) -> None:
     (run_id,) = server.state.runs
     assert process.returncode == 130
     assert f"the run goes on, and `dpo cancel {config} {run_id}` ends it" in err
+    assert f"`dpo submit {config} --attach {run_id}` waits on" in err
     assert server.state.runs[run_id]["state"] == "RUNNING"
     assert not any("terminate" in change for change in server.changes())
 
@@ -279,11 +244,10 @@ def test_terminal_shows_a_table(server: Server, tmp_path: Path) -> None:
     config = write_config(tmp_path, server)
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.kubeflow.commands", "submit", str(config), "--wait"],
+        [*PROCESS, "submit", str(config), "--wait"],
         stdout=theirs,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
     )
     os.close(theirs)

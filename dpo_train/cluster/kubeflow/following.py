@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dpo_train.cluster.kubeflow.client import AwayError, Kubeflow
+from dpo_train.cluster.kubeflow.client import AwayError, Kubeflow, KubeflowError, NotThereError
 from dpo_train.cluster.kubeflow.package import Step
 from dpo_train.cluster.kubeflow.runs import RunView, view
 from dpo_train.errors import RunError
@@ -41,8 +41,8 @@ def follow(
         patience: default: ``PATIENCE``.
 
     Raises:
-        RunError: the server is away for longer than ``patience.away_seconds``; the run may go on.
-        KubeflowError: the login has expired, or the run was deleted.
+        RunError: the server is away for longer than ``patience.away_seconds``, or does not tell any more how the run
+            stands, because the login has expired, say; the run goes on. Or it was deleted.
     """
     patience = patience or PATIENCE
     pause, last, away_since = patience.first_seconds, None, None
@@ -54,7 +54,9 @@ def follow(
                 away_since = time.monotonic()
                 tell(f"{error} The run does not depend on this; asking on.")
             elif time.monotonic() - away_since > patience.away_seconds:
-                raise _given_up(patience, error) from error
+                raise _given_up(run_id, patience, error) from error
+        except KubeflowError as error:
+            raise _lost_sight(kubeflow, run_id, error) from error
         else:
             if away_since is not None:
                 tell("Kubeflow answers again")
@@ -68,11 +70,29 @@ def follow(
         pause = min(pause * patience.growth, patience.last_seconds)
 
 
-def _given_up(patience: Patience, error: AwayError) -> RunError:
+def _given_up(run_id: str, patience: Patience, error: AwayError) -> RunError:
     return RunError(
         f"Kubeflow has not answered for {patience.away_seconds / 60:g} minutes: {error}",
-        fix="the run may go on; `dpo runs CONFIG --kfp` shows it when Kubeflow is back",
+        fix=f"the run may go on; when Kubeflow is back, `{_wait_on(run_id)}` waits on, and `dpo runs CONFIG --kfp` "
+        "shows it",
     )
+
+
+def _lost_sight(kubeflow: Kubeflow, run_id: str, error: KubeflowError) -> RunError:
+    """No mistake in what was given: the run was started."""
+    if isinstance(error, NotThereError):
+        return RunError(
+            f"The run {run_id} was deleted in Kubeflow while it was waited for",
+            fix="what it has completed is in the store: the same config submitted again goes on from there",
+        )
+    return RunError(
+        f"The run {run_id} goes on, but Kubeflow does not tell any more how it stands: {error}",
+        fix=f"mend that, and `{_wait_on(run_id)}` waits on; the run's page is {kubeflow.link(run_id)}",
+    )
+
+
+def _wait_on(run_id: str) -> str:
+    return f"dpo submit CONFIG --attach {run_id}"
 
 
 def _states(run: RunView) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 Kubeflow's API tells neither pods nor containers of a run. It tells a step's children by the ids of Argo's nodes,
 ``<workflow>-<hash>``, and a pod is called ``<workflow>-<template>-<hash>``, with the template that Kubeflow's compiler
 gives to containers. The hash is FNV-1a (32 bits) of the node's path, ``<workflow>.root.<step>.executor``, by which the
-attempts of a step that was tried again are found too: ``...executor(0)``, ``...executor(1)``.
+attempts of a step that was tried again are found too: ``...executor(0)``, ``...executor(1)``. A step that comes
+whatever has happened is a hook of the one before it: ``<workflow>.root.<the one before>.onExit.<step>.executor``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dpo_train.cluster.kubeflow.package import Step
 from dpo_train.errors import UserError
 
 _TEMPLATES = ("system-container-impl", "retry-system-container-impl")
-_DRIVER = "system-container-driver"
+_DRIVERS = ("system-container-driver", "exit-system-container-driver")
+"""The second is a hook's, after release 2.17."""
 _ATTEMPTS = 10
 """At most so many are looked for."""
 
@@ -67,11 +69,15 @@ def candidates(run: Any, step: Step) -> Iterator[str]:
     retried = [f"{workflow}-{fnv1a(f'{path}.executor({n})')}" for n in reversed(range(min(attempts, _ATTEMPTS)))]
     if own:
         for node in [*retried, *nodes, f"{workflow}-{fnv1a(f'{path}.executor')}"]:
-            begin, _, end = node.rpartition("-")
-            yield from (f"{begin}-{template}-{end}" for template in _TEMPLATES)
-            yield node  # as Argo calls pods with POD_NAMES=v1
+            yield from _pods(node, _TEMPLATES)
     elif any(detail.display_name == f"{step.name}-driver" for detail in details):
-        yield f"{workflow}-{_DRIVER}-{fnv1a(f'{path}-driver')}"
+        yield from _pods(f"{workflow}-{fnv1a(f'{path}-driver')}", _DRIVERS)
+
+
+def _pods(node: str, templates: Sequence[str]) -> Iterator[str]:
+    begin, _, end = node.rpartition("-")
+    yield from (f"{begin}-{template}-{end}" for template in templates)
+    yield node  # as Argo calls pods with POD_NAMES=v1
 
 
 def fnv1a(text: str) -> int:

@@ -16,6 +16,8 @@ from dpo_train.errors import ConfigError, MissingPackageError, first_line
 
 VERSION_PREFIX = "sha-"
 DIGEST_LENGTH = 12
+_AT_EXIT = "ALL_UPSTREAM_TASKS_COMPLETED"
+"""The strategy of a task that comes whatever has happened before."""
 _SEPARATOR = "\n---\n"
 """Between the two documents; Kubeflow's server looks for these very signs."""
 
@@ -35,7 +37,8 @@ class Step:
 
     name: str
     path: tuple[str, ...]
-    """The tasks from the pipeline's top down to it; more than one where it is within a condition or a loop."""
+    """Argo's nodes from the pipeline's top down to it; more than one where it is within a condition or a loop, or where
+    it comes whatever has happened: then ``<task>.onExit`` is before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +115,30 @@ def with_secret(package: Package, name: str) -> Package:
     changed = copy.deepcopy(dict(package.platform))
     executors = changed.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     for entry in (entry for executor in executors.values() for entry in executor.get("secretAsEnv", [])):
+        if any(each["envVar"] == "DPO_WEBHOOK_URL" for each in entry["keyToEnv"]):
+            continue  # that of whoever is told, not one of logins
         entry["secretName"] = name
         if "secretNameParameter" in entry:
             entry["secretNameParameter"] = {"runtimeValue": {"constant": name}}
+    return Package(pipeline=package.pipeline, platform=changed)
+
+
+def with_volumes(package: Package, volumes: Mapping[str, str]) -> Package:
+    """The same with volume claims in every task's container.
+
+    Args:
+        volumes: the claims by the paths where they are mounted.
+    """
+    if not volumes:
+        return package
+    changed = copy.deepcopy(dict(package.platform))
+    kubernetes = changed.setdefault("platforms", {}).setdefault("kubernetes", {})
+    executors = kubernetes.setdefault("deploymentSpec", {}).setdefault("executors", {})
+    for label, executor in package.pipeline["deploymentSpec"]["executors"].items():
+        if "container" in executor:
+            mounts = executors.setdefault(label, {}).setdefault("pvcMount", [])
+            mounts[:] = [mount for mount in mounts if mount["mountPath"] not in volumes]
+            mounts.extend(_mount(path, claim) for path, claim in sorted(volumes.items()))
     return Package(pipeline=package.pipeline, platform=changed)
 
 
@@ -141,8 +165,10 @@ def parse_argument(package: Package, name: str, text: str) -> Any:
 def check_arguments(package: Package, arguments: Mapping[str, Any]) -> None:
     """Whether a run can start with these; neither the client nor every server looks.
 
+    Of what is in a list or a mapping Kubeflow's language says nothing; there the default is what is compared with.
+
     Raises:
-        ConfigError: one is unknown, missing, or of another type.
+        ConfigError: one is unknown, missing, of another type, or none of the values that are allowed.
     """
     known = package.parameters
     if unknown := sorted(arguments.keys() - known.keys()):
@@ -157,6 +183,7 @@ def check_arguments(package: Package, arguments: Mapping[str, Any]) -> None:
         # In Python, True is a whole number.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
             raise ConfigError(f"The pipeline's argument {name} has another type", got=f"{value!r:.80}", expected=words)
+        _check_content(name, value, known[name])
 
 
 def canonical(pipeline: Mapping[str, Any], platform: Mapping[str, Any]) -> list[Any]:
@@ -189,6 +216,48 @@ def _package(documents: list[Any]) -> Package | None:
     return Package(pipeline=pipelines[0], platform=platforms[0] if platforms else {})
 
 
+def _mount(path: str, claim: str) -> dict[str, Any]:
+    """As kfp-kubernetes writes it, by a name and by a parameter: old servers know only the first."""
+    return {"mountPath": path, "constant": claim, "pvcNameParameter": {"runtimeValue": {"constant": claim}}}
+
+
+def _check_content(name: str, value: Any, about: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ConfigError(f"The pipeline's argument {name} holds a number that JSON does not have") from None
+    allowed = about.get("literals")
+    for item in value if isinstance(value, list) else [value]:
+        if allowed and item not in allowed:
+            raise ConfigError(
+                f"The pipeline's argument {name} has a value that is not allowed",
+                got=f"{item!r:.80}",
+                expected=", ".join(map(str, allowed)),
+            )
+    for place, item, kinds in _inner(value, about.get("defaultValue")):
+        if kinds and _kind(item) not in kinds:
+            raise ConfigError(
+                f"The pipeline's argument {name} holds something of another type, at {place}",
+                got=f"{item!r:.80}",
+                expected=f"{' or '.join(sorted(kinds))}, as in its default",
+            )
+
+
+def _inner(value: Any, default: Any) -> Iterator[tuple[str, Any, set[str]]]:
+    """The parts of a list or a mapping: where they are, what they are, and the kinds that the default has there."""
+    if isinstance(value, list) and isinstance(default, list):
+        kinds = {_kind(item) for item in default}
+        yield from ((f"[{index}]", item, kinds) for index, item in enumerate(value))
+    elif isinstance(value, dict) and isinstance(default, dict):
+        yield from ((key, value[key], {_kind(default[key])}) for key in value if default.get(key) is not None)
+
+
+def _kind(value: Any) -> str:
+    # In Python, True is a whole number; JSON has one kind of numbers.
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), "nothing")
+
+
 def _is_optional(about: Mapping[str, Any]) -> bool:
     return bool(about.get("isOptional")) or "defaultValue" in about
 
@@ -202,10 +271,17 @@ def _steps(pipeline: Mapping[str, Any], component: Mapping[str, Any], path: tupl
         task = tasks.pop(name)
         done.add(name)
         inner = pipeline.get("components", {}).get(task["componentRef"]["name"], {})
+        own = (*path, *_hook(task), name)
         if "dag" in inner:
-            yield from _steps(pipeline, inner, (*path, name))
+            yield from _steps(pipeline, inner, own)
         else:
-            yield Step(name=name, path=(*path, name))
+            yield Step(name=name, path=own)
+
+
+def _hook(task: Mapping[str, Any]) -> tuple[str, ...]:
+    """To Argo a task that comes whatever has happened is no task, but a hook of the one before it."""
+    is_one = task.get("triggerPolicy", {}).get("strategy") == _AT_EXIT
+    return tuple(f"{before}.onExit" for before in _before(task)[:1]) if is_one else ()
 
 
 def _before(task: Mapping[str, Any]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from dpo_train.cluster.kubeflow.login import is_local
-from dpo_train.config import EndpointJudge, RewardModelJudge, RunConfig
+from dpo_train.config import EndpointJudge, RewardModelJudge, RunConfig, to_text
 from dpo_train.config.judging import DEFAULT_PROMPTS
 from dpo_train.errors import ConfigError
 from dpo_train.tracking import redacted
@@ -38,14 +40,42 @@ def check_reach(config: RunConfig) -> None:
             got=", ".join(f"{name}={redacted(uri)}" for name, uri in local.items()),
             fix="use addresses that the cluster's pods reach",
         )
-    secret = [name for name, uri in _addresses(config).items() if redacted(uri) != uri]
-    if secret:
+    if secret := _with_logins(json.loads(to_text(config))):
         raise ConfigError(
             "The config travels as an argument of the run, which everybody who sees the run can read, and an address "
             "in it holds a login or a key",
             got=", ".join(secret),
             fix=f"put the login into the Secret {config.kubeflow.secret}, e.g. as MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD",
+        )
+
+
+def check_logins(arguments: Mapping[str, Any]) -> None:
+    """Whether a run's other arguments may be read by everybody who sees the run.
+
+    Raises:
+        ConfigError: an address in one holds a login or a key.
+    """
+    if secret := _with_logins(arguments):
+        raise ConfigError(
+            "Everybody who sees the run can read its arguments, and an address in one holds a login or a key",
+            got=", ".join(secret),
+            fix="put the login into the Secret kubeflow.secret",
+        )
+
+
+def check_volumes(volumes: Mapping[str, str]) -> None:
+    """Whether Kubeflow can mount these claims into the pipeline's tasks.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    # Kubeflow's driver calls a pod's volume as the claim is called, and a volume's name has no dots.
+    if dotted := [claim for claim in volumes.values() if "." in claim]:
+        raise ConfigError(
+            "Kubeflow cannot mount a volume claim whose name has a dot into a task",
+            got=f"cluster.volumes: {', '.join(dotted)}",
+            fix="make the claim under a name without dots",
         )
 
 
@@ -79,6 +109,15 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str]]:
         ),
     }
     yield from ((name, path) for name, path in optional.items() if path is not None)
+
+
+def _with_logins(tree: Any, place: str = "") -> list[str]:
+    """Where in JSON types there are addresses with logins or keys."""
+    if isinstance(tree, Mapping):
+        return [found for key, item in tree.items() for found in _with_logins(item, f"{place}.{key}".lstrip("."))]
+    if isinstance(tree, list):
+        return [found for index, item in enumerate(tree) for found in _with_logins(item, f"{place}[{index}]")]
+    return [place] if isinstance(tree, str) and redacted(tree) != tree else []
 
 
 def _is_here(path: str, mounts: tuple[str, ...]) -> bool:

@@ -86,7 +86,8 @@ def find(kubeflow: Kubeflow, text: str) -> Any:
             return get(kubeflow, text)
         except NotThereError:
             raise _no_run(text) from None
-    found = _named(kubeflow, text) or _beginning(kubeflow, text)
+    # Every id begins with nothing, which an unset variable of a shell is.
+    found = (_named(kubeflow, text) or _beginning(kubeflow, text)) if text.strip() else []
     if not found:
         raise _no_run(text)
     if len(found) > 1:

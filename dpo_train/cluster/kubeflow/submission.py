@@ -20,13 +20,21 @@ from dpo_train.cluster.kubeflow.package import (
     package_of,
     with_image,
     with_secret,
+    with_volumes,
     without_cache,
 )
-from dpo_train.cluster.kubeflow.reach import check_image, check_reach
+from dpo_train.cluster.kubeflow.reach import check_image, check_logins, check_reach, check_volumes
 from dpo_train.config import RunConfig, to_text
 from dpo_train.errors import ConfigError, RunError
 
-CONFIG_ARGUMENT, NAME_ARGUMENT, IMAGE_ARGUMENT = "config", "run_name", "image"
+CONFIG_ARGUMENT, NAME_ARGUMENT, IMAGE_ARGUMENT, OVERRIDES_ARGUMENT = "config", "run_name", "image", "overrides"
+_OWN: Mapping[str, str] = {
+    CONFIG_ARGUMENT: "it is the config file, as its overrides on the command line have changed it",
+    NAME_ARGUMENT: "give --name",
+    IMAGE_ARGUMENT: "give --image",
+    OVERRIDES_ARGUMENT: "write them behind the config: `CONFIG train.beta=0.2`",
+}
+"""Arguments whose values have been checked, each with how it is set. Given past that, nothing would look at them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +92,17 @@ def prepare(
     """The config and the pipeline as what a run, or a schedule, is made of. Nothing is asked or sent.
 
     Args:
-        arguments: of the pipeline, besides the config and the run's name.
+        arguments: of the pipeline, besides those that have a way of their own: the config with its overrides, the
+            run's name, the image.
         image, experiment, service_account: instead of the config's.
         cache: False: no task may be skipped because Kubeflow has seen its inputs before.
 
     Raises:
-        ConfigError: the cluster cannot see a place, an image has no tag, or an argument is unknown, missing or of
-            another type.
+        ConfigError: the cluster cannot see a place, or mount a claim; an image has no tag; an argument is unknown,
+            missing or of another type, has a way of its own, or holds a login.
     """
     check_reach(config)
+    check_volumes(config.cluster.volumes)
     section = config.kubeflow
     image = image or section.image
     for origin, named in {"--image or kubeflow.image": image, "cluster.image": config.cluster.image}.items():
@@ -103,7 +113,7 @@ def prepare(
         own[IMAGE_ARGUMENT] = image
     elif image is not None:
         package = with_image(package, image)
-    package = with_secret(package, section.secret)
+    package = with_volumes(with_secret(package, section.secret), config.cluster.volumes)
     if not cache:
         package = without_cache(package)
     complete = _all_arguments(package, own, arguments or {})
@@ -118,8 +128,9 @@ def prepare(
 
 
 def _all_arguments(package: Package, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    if twice := sorted(own.keys() & given.keys()):
-        raise ConfigError(f"The pipeline's argument {', '.join(twice)} comes from the config and --name")
+    for name in sorted(given.keys() & _OWN.keys()):
+        raise ConfigError(f"The pipeline's argument {name} is not set by --argument", fix=_OWN[name])
+    check_logins(given)
     complete = {**own, **given}
     check_arguments(package, complete)
     return complete

@@ -19,6 +19,7 @@ from dpo_train.cluster.kubeflow.package import (
     parse_argument,
     with_image,
     with_secret,
+    with_volumes,
     without_cache,
 )
 from dpo_train.errors import ConfigError
@@ -58,6 +59,10 @@ def pipeline() -> dict[str, Any]:
                     "dry": {"parameterType": "BOOLEAN", "isOptional": True},
                     "more": {"parameterType": "LIST", "isOptional": True},
                     "table": {"parameterType": "STRUCT", "isOptional": True},
+                    "rates": {"parameterType": "LIST", "defaultValue": [0.5, 1]},
+                    "limits": {"parameterType": "STRUCT", "defaultValue": {"a": 1, "b": None}},
+                    "colour": {"parameterType": "STRING", "isOptional": True, "literals": ["red", "blue"]},
+                    "colours": {"parameterType": "LIST", "isOptional": True, "literals": ["red", "blue"]},
                 }
             },
         },
@@ -164,16 +169,68 @@ def test_another_image_secret_and_no_cache() -> None:
     assert len({SMALL.version, image.version, fresh.version}) == 3
 
 
+def test_task_that_comes_whatever_has_happened_is_a_hook() -> None:
+    """Argo's node for it hangs on the one before it; it comes behind that all the same."""
+    changed = pipeline()
+    changed["root"]["dag"]["tasks"]["d"]["triggerPolicy"] = {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+
+    last = Package(pipeline=changed, platform={}).steps[-1]
+
+    assert (last.name, last.path) == ("d", ("condition.onExit", "d"))
+
+
+@pytest.mark.parametrize("platform", [{}, PLATFORM])
+def test_volumes(platform: dict[str, Any]) -> None:
+    """Beside the logins, or where nothing was told to Kubernetes; other claims are another version."""
+    given = Package(pipeline=pipeline(), platform=platform)
+
+    mounted = with_volumes(given, {"/data": "claim"})
+
+    executor = mounted.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec"]
+    assert executor["pvcMount"] == [
+        {"mountPath": "/data", "constant": "claim", "pvcNameParameter": {"runtimeValue": {"constant": "claim"}}}
+    ]
+    assert ("secretAsEnv" in executor) == bool(platform)
+    assert given == Package(pipeline=pipeline(), platform=platform)
+    assert "pvcMount" not in json.dumps(PLATFORM)
+    assert with_volumes(given, {}) == given
+    assert with_volumes(mounted, {"/data": "claim"}) == mounted
+    assert len({each.version for each in (given, mounted, with_volumes(given, {"/data": "other"}))}) == 3
+
+
+def test_volumes_as_kubeflow_reads_them() -> None:
+    """Its own message takes every key: kfp-kubernetes' where that is installed, else kfp's, which looks less far."""
+    from google.protobuf import json_format
+    from kfp.pipeline_spec import pipeline_spec_pb2
+
+    mounted = with_volumes(Package(pipeline=pipeline(), platform=PLATFORM), {"/data": "claim"})
+
+    json_format.ParseDict(mounted.platform, pipeline_spec_pb2.PlatformSpec())
+    try:
+        from kfp.kubernetes import kubernetes_executor_config_pb2
+    except ImportError:
+        return
+    executors = mounted.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    read = json_format.ParseDict(executors["exec"], kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+    (mount,) = read.pvc_mount
+    assert (mount.mount_path, mount.constant) == ("/data", "claim")
+    assert mount.pvc_name_parameter.runtime_value.constant.string_value == "claim"
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {},
         {"steps": 3, "rate": 1, "dry": True, "more": ["a"], "table": {"a": 1}},
         {"rate": 0.25},
+        {"rates": [1, 0.5]},
+        {"rates": []},
+        {"limits": {"a": 2, "b": "text", "new": 1}},
+        {"colour": "red", "colours": ["red", "blue"]},
     ],
 )
 def test_arguments_of_the_right_types(more: dict[str, Any]) -> None:
-    """A whole number is a number too."""
+    """A whole number is a number too; of an empty default nothing is learnt."""
     check_arguments(SMALL, {"config": "text", **more})
 
 
@@ -181,7 +238,7 @@ def test_arguments_of_the_right_types(more: dict[str, Any]) -> None:
     ("arguments", "said"),
     [
         ({}, "needs a value for config"),
-        ({"config": "a", "colour": 1}, "no argument colour"),
+        ({"config": "a", "speed": 1}, "no argument speed"),
         ({"config": 1}, "config has another type. Got: 1. Expected: text"),
         ({"config": None}, "config has another type"),
         ({"config": "a", "steps": "3"}, "steps has another type"),
@@ -191,6 +248,17 @@ def test_arguments_of_the_right_types(more: dict[str, Any]) -> None:
         ({"config": "a", "dry": 1}, "dry has another type"),
         ({"config": "a", "more": "a"}, "more has another type"),
         ({"config": "a", "table": []}, "table has another type"),
+        (
+            {"config": "a", "rates": [1, "2"]},
+            r"rates holds something of another type, at \[1\]. Got: '2'. Exp.*a number",
+        ),
+        ({"config": "a", "rates": [True]}, "rates holds something of another type"),
+        ({"config": "a", "rates": [None]}, "rates holds something of another type"),
+        ({"config": "a", "limits": {"a": "1"}}, "limits holds something of another type, at a"),
+        ({"config": "a", "colour": "grey"}, "colour has a value that is not allowed. Got: 'grey'. Expected: red, blue"),
+        ({"config": "a", "colours": ["red", "grey"]}, "colours has a value that is not allowed"),
+        ({"config": "a", "rate": float("nan")}, "rate holds a number that JSON does not have"),
+        ({"config": "a", "more": [float("inf")]}, "more holds a number that JSON does not have"),
     ],
 )
 def test_arguments_of_wrong_types(arguments: dict[str, Any], said: str) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("kfp")
 
 from dpo_train.cluster.kubeflow.login import address, is_local
 from dpo_train.cluster.kubeflow.logs import fnv1a
-from dpo_train.cluster.kubeflow.reach import check_image, check_reach
+from dpo_train.cluster.kubeflow.reach import check_image, check_logins, check_reach
 from dpo_train.config import KubeflowConfig, RunConfig, parse_config
 from dpo_train.errors import ConfigError
 
@@ -63,6 +63,28 @@ def test_login_within_an_address_is_refused_and_not_shown() -> None:
     """The config is an argument of the run, which is no place for a secret."""
     with pytest.raises(ConfigError, match=r"storage\.endpoint") as caught:
         check_reach(config(storage={"endpoint": "https://me:hunter2@s3.example.com"}))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"cluster": {"environment": {"PROXY": "http://me:hunter2@proxy:3128"}}}, r"cluster\.environment\.PROXY"),
+        ({"prepare": {"sources": [{"path": "s3://me:hunter2@bucket/a"}]}}, r"prepare\.sources\[0\]\.path"),
+    ],
+)
+def test_login_is_looked_for_in_the_whole_config(sections: dict[str, Any], named: str) -> None:
+    """Whichever key holds the address."""
+    with pytest.raises(ConfigError, match=named) as caught:
+        check_reach(config(**sections))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_login_within_another_argument() -> None:
+    """In a list or a mapping too; other texts may hold whatever looks a little like it."""
+    check_logins({"a": "me@example.com", "b": ["https://example.com/@me", 3, None], "c": {"d": "https://a/b?page=2"}})
+    with pytest.raises(ConfigError, match=r"a\[1\], b\.c") as caught:
+        check_logins({"a": ["x", "https://me:hunter2@example.com"], "b": {"c": "https://a/b?token=hunter2"}})
     assert "hunter2" not in str(caught.value)
 
 
