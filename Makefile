@@ -19,8 +19,8 @@ demo-control: $(READY)
 	$(BIN)/python examples/assets.py demo/assets --shuffle-labels
 	$(BIN)/dpo run examples/demo.yaml prepare.path=demo/assets/chitchat-shuffled.jsonl; test $$? -eq 1
 
-# Unit tests and those of object storage run on two cores, by files; the others start Ray or many processes of their own.
-PARALLEL := tests/unit tests/s3 tests/browser
+# Tests that start neither Ray nor many processes run on two cores, by files.
+PARALLEL := tests/unit tests/s3 tests/browser tests/cluster tests/kubeflow
 REST := tests $(PARALLEL:%=--ignore=%)
 
 test: $(READY) lint

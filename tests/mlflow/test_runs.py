@@ -169,21 +169,22 @@ def test_password_of_the_address_is_written_nowhere(
     assert tracking_uri(load_config(file)) == uri
 
 
-def test_run_of_a_plugin_below_another_is_reproduced_from_itself(
+def test_pipeline_of_a_plugin_is_reproduced_from_its_own_run(
     config: RunConfig, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """What stands above it is the plugin's own and holds no config."""
+    """The plugin's run of a task stands below the pipeline's, which has the config; above that may be another's."""
     tracking = Tracking(config)
     above = tracking.client.create_run(tracking.experiment_id()).info.run_id
-    run_id = tracking.start_run("task", parent=above)
+    pipeline = tracking.start_run("nightly", parent=above)
+    task = tracking.start_run("resolve", parent=pipeline)
     with monkeypatch.context() as plugin:
-        plugin.setenv("MLFLOW_RUN_ID", run_id)
+        plugin.setenv("MLFLOW_RUN_ID", task)
         plugin.setenv("MLFLOW_TRACKING_URI", server)
-        assert Tracking(config).start_pipeline("ignored") == run_id
+        assert Tracking(config).start_pipeline("ignored") == pipeline
     file = tmp_path / "again.yaml"
-    assert main(["reproduce", server, run_id, "--output", str(file)]) == 0
-    assert capsys.readouterr().out == f"dpo run {file} --name task\n"
+    assert main(["reproduce", server, pipeline, "--output", str(file)]) == 0
+    assert capsys.readouterr().out == f"dpo run {file} --name nightly\n"
 
 
 def test_runs_of_others_are_listed_as_well(
