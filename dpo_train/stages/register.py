@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from dpo_train.artifacts import Artifact, Output, Summary, open_artifact, void
 from dpo_train.config import RunConfig, to_dict
 from dpo_train.data.folder import MODEL_FOLDER, model_folder
 from dpo_train.data.shards import Split
-from dpo_train.describe import raw_data
+from dpo_train.describe import raw_data, summary
 from dpo_train.errors import ConfigError, GateRefusedError, StoreError
 from dpo_train.evaluate.samples import turn_ends
 from dpo_train.progress import Reporter
@@ -184,7 +185,14 @@ def _card(
 
 
 def _name(path: str) -> str:
-    """A hub name as it is; of a folder its last part, for where it lies here is nobody's business."""
+    """A hub name as it is; of a folder its last part, for where it lies here is nobody's business.
+
+    A champion that was started from is named as the registry names it.
+    """
+    home, _, folder = path.rstrip("/").rpartition("/")
+    if folder == MODEL_FOLDER and storage.name_of(home.rpartition("/")[0]) == "champion":
+        with contextlib.suppress(StoreError):
+            return summary(open_artifact(home, "champion"))
     return path.rstrip("/").rpartition("/")[2] if storage.is_remote(path) or Path(path).is_dir() else path
 
 

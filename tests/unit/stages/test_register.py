@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("mlflow")
 
-from dpo_train.artifacts import Artifact
+from dpo_train.artifacts import Artifact, Output, Summary, produce
 from dpo_train.config import RunConfig
 from dpo_train.errors import ConfigError
 from dpo_train.stages import prepare, score_reference
 from dpo_train.stages.executor import InProcess
-from dpo_train.stages.register import answer_ends, register
+from dpo_train.stages.register import _name, answer_ends, register
 from dpo_train.tracking import Tracking
 from tests.mlflow.made import made_policy, made_report
 from tests.tiny import CHAT_TEMPLATE, tiny_config, tiny_model
@@ -60,3 +60,18 @@ def test_answers_end_where_those_of_the_pairs_do(config: RunConfig, policy: Arti
     assert not said
     assert answer_ends(replace(config, store=str(tmp_path)), policy, said.append) == ()
     assert said == [f"the pairs of {policy.home} are not in {tmp_path}: answers end at the tokenizer's end token alone"]
+
+
+def test_base_model_is_named_as_people_know_it(tmp_path: Path) -> None:
+    """A hub name as it is, a folder by its last part, a champion that was started from as the registry names it."""
+
+    def body(out: Output) -> Summary:
+        (out.path / "model").mkdir()
+        return Summary(details={"model_name": "dpo-policy", "version": "3"})
+
+    champion = produce("champion", {}, {}, tmp_path / "champion" / "0123", body)
+    (tmp_path / "my-model").mkdir()
+
+    assert _name("org/model") == "org/model"
+    assert _name(str(tmp_path / "my-model")) == "my-model"
+    assert _name(f"{champion.home}/model") == "dpo-policy version 3"
