@@ -11,6 +11,7 @@ from typing import Any
 from dpo_train.config import ComputeConfig
 from dpo_train.errors import WorkerError, decode, encode, first_line, is_out_of_memory
 from dpo_train.runtime.failures import cause_of, known_error
+from dpo_train.runtime.relay import drain, open_relay, use_relay
 from dpo_train.runtime.session import attach, num_gpus
 from dpo_train.stages.executor import Executor, InProcess, TrialCall, TrialEnd, run_trial
 
@@ -65,12 +66,13 @@ def run_trials(trials: Sequence[TrialCall], compute: ComputeConfig, ended: Calla
 
     machines = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     how = plan(compute, [cores for cores in machines if cores] or [1.0], int(num_gpus(compute)))
-    watch = _watch(ended)
+    watch, relay = _watch(ended), open_relay(ray, grows=False)
 
     def run(parameters: dict[str, Any]) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(how.threads)
+        use_relay(relay)
         try:
             end = run_trial(trials[parameters["index"]], _executor(compute, how))
         except Exception as error:
@@ -91,6 +93,7 @@ def run_trials(trials: Sequence[TrialCall], compute: ComputeConfig, ended: Calla
                 failure_config=tune.FailureConfig(max_failures=compute.max_failures),
             ),
         ).fit()
+    drain(ray, relay)
     if watch.error is not None:
         raise watch.error
     for result in results:
