@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def on_a_cluster(folder: Path, namespace: str, **changes: Any) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.fixture
+def kube(namespaces: Callable[[], Kube]) -> Kube:
+    """A namespace of its own: jobs that other tests have left are nobody's to run."""
+    return namespaces()
+
+
+@pytest.mark.slow
 def test_stage_of_a_rayjob_leaves_what_it_leaves_here(kube: Kube, tmp_path: Path) -> None:
     """The same output at the same address, and its record in MLflow, from the command that stands in the manifest."""
     config = on_a_cluster(tmp_path, kube.namespace)
@@ -88,6 +96,7 @@ def test_stage_of_a_rayjob_leaves_what_it_leaves_here(kube: Kube, tmp_path: Path
     assert prepare(here, InProcess()).address == made.address
 
 
+@pytest.mark.slow
 def test_mistake_in_a_rayjob_is_told_as_the_mistake_that_it_is(kube: Kube, tmp_path: Path) -> None:
     """The stage's own error comes back with its kind and its words, not that some job has failed."""
     config = on_a_cluster(tmp_path, kube.namespace)
