@@ -35,11 +35,18 @@ REFUSED = 3
 def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands between the config and its overrides."""
     parser.add_argument("--name", help="name of the run (default: the config file's, with the time)")
-    parser.add_argument("--experiment", help="instead of kubeflow.experiment")
+    add_content_arguments(parser)
+    parser.add_argument("--wait", action="store_true", help="show the steps until the run ends, and exit as it ended")
     parser.add_argument(
-        "--service-account", metavar="NAME", help="of the run's tasks, instead of kubeflow.service_account"
+        "--attach", metavar="RUN", help="start nothing, and wait for a run that is there: its id or name"
     )
-    parser.add_argument("--image", help="of the run's tasks, best with its digest, instead of kubeflow.image")
+
+
+def add_content_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options ``CONTENT``, for one run as for those of a schedule."""
+    parser.add_argument("--experiment", help="instead of kubeflow.experiment")
+    parser.add_argument("--service-account", metavar="NAME", help="of the tasks, instead of kubeflow.service_account")
+    parser.add_argument("--image", help="of the tasks, best with its digest, instead of kubeflow.image")
     parser.add_argument("--no-cache", action="store_true", help="let Kubeflow skip no task whose inputs it has seen")
     parser.add_argument(
         "--argument",
@@ -47,10 +54,6 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="value of another argument of the pipeline; may be repeated",
-    )
-    parser.add_argument("--wait", action="store_true", help="show the steps until the run ends, and exit as it ended")
-    parser.add_argument(
-        "--attach", metavar="RUN", help="start nothing, and wait for a run that is there: its id or name"
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from dpo_train.cli.kubeflow import CONTENT, refuse_options
+from dpo_train.cli.kubeflow import CONTENT, add_content_arguments, refuse_options
 from dpo_train.config import RunConfig, load_config
 from dpo_train.errors import ConfigError
 
@@ -42,19 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start", metavar="TIME", help="times after this one count, e.g. 2026-12-01 or 2026-12-01T03:00"
     )
     parser.add_argument("--end", metavar="TIME", help="times up to this one count")
-    parser.add_argument("--experiment", help="instead of kubeflow.experiment")
-    parser.add_argument(
-        "--service-account", metavar="NAME", help="of the runs' tasks, instead of kubeflow.service_account"
-    )
-    parser.add_argument("--image", help="of the runs' tasks, best with its digest, instead of kubeflow.image")
-    parser.add_argument("--no-cache", action="store_true", help="let Kubeflow skip no task whose inputs it has seen")
-    parser.add_argument(
-        "--argument",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="value of another argument of the pipeline; may be repeated",
-    )
+    add_content_arguments(parser)
 
 
 def schedule(arguments: argparse.Namespace) -> int:

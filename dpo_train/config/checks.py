@@ -155,10 +155,8 @@ def _sweep_mistakes(config: RunConfig) -> dict[str, bool]:
     sweep, train = config.sweep, config.train
     space, losses = sweep.space, sweep.losses or (train.loss,)
     size = math.prod(len(values) for values in space.values() if not isinstance(values, LogUniform))
-    by_judge = sweep.select.metric in {"reward", "win_rate"}
-    by_samples = by_judge or sweep.select.max_kl is not None or sweep.select.max_length_growth is not None
-    rewards = isinstance(config.evaluate.judge, FunctionJudge | RewardModelJudge)
     every = {
+        **_choice_mistakes(config),
         "a sweep over beta chooses how near to stay to the reference, at which no loss of train.loss looks": (
             bool(sweep.betas) and any(objective.is_reference_free(loss) for loss in losses)
         ),
@@ -188,22 +186,6 @@ def _sweep_mistakes(config: RunConfig) -> dict[str, bool]:
         "sweep.use=policy takes a trial for the training, but sweep.max_steps makes trials shorter or longer": (
             sweep.use == "policy" and sweep.max_steps is not None and sweep.max_steps != train.max_steps
         ),
-        "sweep.select.metric=reward needs a judge that rewards an answer by itself (evaluate.judge, kind: function or "
-        "reward_model)": sweep.select.metric == "reward" and not rewards,
-        "sweep.select.metric=win_rate needs evaluate.judge": (
-            sweep.select.metric == "win_rate" and config.evaluate.judge is None
-        ),
-        "sweep.select looks at sampled answers, but sweep.num_prompts is 0": by_samples and not sweep.num_prompts,
-        "sweep.kl_points asks for KL along the way, but sweep.num_prompts is 0": (
-            sweep.kl_points > 1 and not sweep.num_prompts
-        ),
-        f"sweep.halve_on={sweep.halve_on} compares trials, and under different losses it means different things: "
-        "halve on rewards/accuracy": (
-            sweep.halving is not None and len(sweep.losses) > 1 and sweep.halve_on != "rewards/accuracy"
-        ),
-        "sweep.halve_on=rewards/margin compares trials, and a margin grows with beta: halve on rewards/accuracy": (
-            sweep.halving is not None and bool(sweep.betas) and sweep.halve_on == "rewards/margin"
-        ),
         **{
             f"sweep.losses: {loss}: {text}": True
             for loss in sweep.losses
@@ -226,6 +208,32 @@ def _sweep_mistakes(config: RunConfig) -> dict[str, bool]:
         "learning_rates, losses, epochs or lora_ranks": bool(unread)
     }
     return every if space else nothing
+
+
+def _choice_mistakes(config: RunConfig) -> dict[str, bool]:
+    """Of what trials are compared by."""
+    sweep = config.sweep
+    by_judge = sweep.select.metric in {"reward", "win_rate"}
+    by_samples = by_judge or sweep.select.max_kl is not None or sweep.select.max_length_growth is not None
+    rewards = isinstance(config.evaluate.judge, FunctionJudge | RewardModelJudge)
+    return {
+        "sweep.select.metric=reward needs a judge that rewards an answer by itself (evaluate.judge, kind: function or "
+        "reward_model)": sweep.select.metric == "reward" and not rewards,
+        "sweep.select.metric=win_rate needs evaluate.judge": (
+            sweep.select.metric == "win_rate" and config.evaluate.judge is None
+        ),
+        "sweep.select looks at sampled answers, but sweep.num_prompts is 0": by_samples and not sweep.num_prompts,
+        "sweep.kl_points asks for KL along the way, but sweep.num_prompts is 0": (
+            sweep.kl_points > 1 and not sweep.num_prompts
+        ),
+        f"sweep.halve_on={sweep.halve_on} compares trials, and under different losses it means different things: "
+        "halve on rewards/accuracy": (
+            sweep.halving is not None and len(sweep.losses) > 1 and sweep.halve_on != "rewards/accuracy"
+        ),
+        "sweep.halve_on=rewards/margin compares trials, and a margin grows with beta: halve on rewards/accuracy": (
+            sweep.halving is not None and bool(sweep.betas) and sweep.halve_on == "rewards/margin"
+        ),
+    }
 
 
 def ranking_mistakes(train: TrainConfig) -> list[str]:

@@ -157,3 +157,17 @@ def _remove(kube: Kube) -> None:
     except RefusedError as refused:
         if refused.status not in {404, 409}:  # the controller was faster
             raise
+
+
+@pytest.fixture
+def as_account(
+    proxy: Proxy, admin: Kube, token_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Kube]:
+    """A client with nothing but an account's token; KUBECONFIG becomes the account's."""
+
+    def make(account: str) -> Kube:
+        file = proxy.kubeconfig(tmp_path / account, namespace=admin.namespace, token=token_of(account))
+        monkeypatch.setenv("KUBECONFIG", str(file))
+        return Kube()
+
+    return make

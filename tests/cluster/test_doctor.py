@@ -296,17 +296,3 @@ def test_the_command_prints_lines_and_json(
 def place_of_roles(admin: Kube, roles: list[dict[str, Any]]) -> Kube:
     """The namespace that has the roles of k8s/base."""
     return admin
-
-
-@pytest.fixture
-def as_account(
-    proxy: Proxy, admin: Kube, token_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Kube]:
-    """KUBECONFIG becomes an account's, with nothing but its token."""
-
-    def make(account: str) -> Kube:
-        file = proxy.kubeconfig(tmp_path / account, namespace=admin.namespace, token=token_of(account))
-        monkeypatch.setenv("KUBECONFIG", str(file))
-        return Kube()
-
-    return make

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from dpo_train.cluster.kube import Kube
 from dpo_train.cluster.kube_errors import RefusedError
-from tests.cluster.proxy import Proxy
 
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
 RESOURCES = (
@@ -45,20 +43,6 @@ ALLOWED: dict[str, set[tuple[str, str]]] = {
     "dpo-worker": set(),
     "dpo-reaper": {("list", "ray.io/rayjobs"), ("delete", "ray.io/rayjobs")},
 }
-
-
-@pytest.fixture
-def as_account(
-    proxy: Proxy, admin: Kube, token_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Kube]:
-    """A client with nothing but the account's token."""
-
-    def make(account: str) -> Kube:
-        file = proxy.kubeconfig(tmp_path / account, namespace=admin.namespace, token=token_of(account))
-        monkeypatch.setenv("KUBECONFIG", str(file))
-        return Kube()
-
-    return make
 
 
 @pytest.mark.parametrize("account", ALLOWED)
