@@ -1,7 +1,7 @@
-"""An HTTP proxy on 127.0.0.1 that stands before the API server, counts what it sees and does harm by rules.
+"""An HTTP proxy before the API server, which does harm by rules (tests/harm.py) and serves what pods print.
 
-    proxy.fault("GET", r"/rayjobs\\?watch", "cut", times=2)    the next two such requests; times=None: all of them
-    proxy.logs["pod"].append("a line")                        what the pod prints
+    proxy.fault("GET", r"/rayjobs\\?watch", "cut", times=2)
+    proxy.logs["pod"].append("a line")
 
 The test cluster has no kubelet, which is who serves a pod's log: **the endpoint pods/NAME/log is this proxy's own**,
 with ``follow``, ``timestamps`` and ``sinceTime`` as Kubernetes documents them. Everything else goes to the real API
@@ -13,21 +13,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import struct
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 from urllib.parse import parse_qs, urlsplit
 
 import kubernetes
 import urllib3
 import yaml
+
+from tests.harm import Handler, Harmful
 
 Kind = Literal[
     "throttled",  # 429 with Retry-After: 3
@@ -52,35 +50,6 @@ _STATUS = {
 _LOG = re.compile(r"/api/v1/namespaces/[^/]+/pods/([^/]+)/log$")
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@dataclass
-class _Rule:
-    method: str
-    path: re.Pattern[str]
-    kind: str
-    times: int | None
-    skip: int
-
-    def strikes(self, method: str, path: str) -> bool:
-        if self.method not in {method, "*"} or not self.path.search(path) or self.times == 0:
-            return False
-        if self.skip:
-            self.skip -= 1
-            return False
-        if self.times is not None:
-            self.times -= 1
-        return True
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One request."""
-
-    method: str
-    path: str
-    kind: str
-    """What was done to it; "" if it was only passed on."""
 
 
 class Log:
@@ -109,8 +78,8 @@ class Log:
             self.changed.notify_all()
 
 
-class Proxy:
-    """Starts with the ``with`` block and ends with it; its rules may change meanwhile."""
+class Proxy(Harmful):
+    """Stands before the API server that KUBECONFIG names."""
 
     def __init__(self) -> None:
         configuration = kubernetes.client.Configuration()
@@ -119,24 +88,14 @@ class Proxy:
         self.login = {item["key"]: item["value"] for item in configuration.auth_settings().values()}
         self.with_login = kubernetes.client.ApiClient(configuration).rest_client.pool_manager
         self.without = urllib3.PoolManager(ca_certs=configuration.ssl_ca_cert, maxsize=16)
-        self._rules: list[_Rule] = []
-        self._lock = threading.Lock()
-        self.seen: list[Seen] = []
         self.logs: defaultdict[str, Log] = defaultdict(Log)
-        self.closing = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), _Handler, self)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(_Handler, get_args(Kind))
 
-    def __enter__(self) -> Proxy:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.closing.set()
         for log in list(self.logs.values()):
             log.end()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__(*error)
 
     def kubeconfig(self, path: Path, *, namespace: str, token: str | None = None) -> Path:
         """Writes a kubeconfig that leads through this proxy."""
@@ -154,58 +113,11 @@ class Proxy:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def fault(self, method: str, path: str, kind: Kind, times: int | None = None, *, skip: int = 0) -> None:
-        """Adds a rule; the first that fits a request is used."""
-        assert kind in get_args(Kind), kind
-        with self._lock:
-            self._rules.append(_Rule(method, re.compile(path), kind, times, skip))
 
-    def clear(self) -> None:
-        """Forgets rules and requests."""
-        with self._lock:
-            self._rules.clear()
-            self.seen.clear()
-
-    def count(self, method: str, path: str, kind: str | None = None) -> int:
-        """How many such requests were seen; with ``kind``, only those that were treated so."""
-        with self._lock:
-            return sum(
-                method in {seen.method, "*"} and bool(re.search(path, seen.path)) and kind in {None, seen.kind}
-                for seen in self.seen
-            )
-
-    def treat(self, method: str, path: str) -> str:
-        """Which harm this request gets; "" for none."""
-        with self._lock:
-            kind = next((rule.kind for rule in self._rules if rule.strikes(method, path)), "")
-            self.seen.append(Seen(method, path, kind))
-            return kind
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], proxy: Proxy) -> None:
-        super().__init__(address, handler)
-        self.proxy = proxy
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are part of the tests."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
-
+class _Handler(Handler):
     def _pass_on(self) -> None:
         proxy = self.server.proxy
-        kind = proxy.treat(self.command, self.path)
+        kind = self._treat()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if kind == "refuse":
             self.close_connection = True
@@ -299,9 +211,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chunk(self, content: bytes) -> None:
         self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
-
-    def _reset(self) -> None:
-        """Ends the connection with a reset and not with an orderly end."""
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(self.connection.detach())

@@ -7,6 +7,7 @@ the webhook is a server too. Each test says what one day must have done.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ NAME = "nightly"
 WORDS = {
     "monday": (("kind", "warm", "bright", "calm"), ("rude", "cold", "dull", "grim")),
     "wednesday": (("sweet", "fair", "glad", "brave"), ("sour", "mean", "sad", "weak")),
+    "sunday": (("swift", "clear", "neat", "true"), ("slow", "vague", "messy", "false")),
     "thursday": (("zero", "minus", "null", "none"), ("seven", "eleven", "twenty", "forty")),
 }
 """Chosen and rejected words of each delivery: what a policy has not seen it prefers by chance."""
@@ -149,7 +151,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def week(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, dict[int, Day]]]:
-    """The seven days, and the eighth."""
+    """The seven days, and two more."""
     from _pytest.capture import FDCapture
 
     capture = FDCapture(1)
@@ -174,6 +176,9 @@ def week(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, di
         # The same data with retrain.when=always: all is reused, and the decisions of the day before stand.
         always = replace(project.config, retrain=replace(project.config.retrain, when="always"))
         days[8] = project.night("day 8", always)
+        project.deliver("sunday", 120)
+        further = replace(project.config, retrain=replace(project.config.retrain, start="champion"))
+        days[9] = project.night("day 9", further)
         capture.done()
         yield project, days
     shutil.rmtree(project.folder / "store")
@@ -285,6 +290,25 @@ def test_asked_for_always_the_same_data_are_a_run_that_reuses_everything(week: W
     assert day.made == []
     assert [told["outcome"] for told in day.told] == ["registered"]
     assert (day.champion, day.versions) == ("3", ["1", "2", "3"])
+
+
+def test_started_from_the_champion_the_training_goes_on_from_its_weights(week: Week) -> None:
+    """They are the reference too, so that the loss begins at ln 2; the new pairs are learnt, the old ones not lost."""
+    day = week[1][9]
+    champion, trained = day.record("champion"), day.record("train")
+    heldout = day.report()["findings"]["heldout"]
+
+    assert not day.failed, day.printed[-5000:]
+    assert list(day.ends) == ["champion", *STAGES]
+    assert champion.details["version"] == "3"
+    assert trained.inputs["model"] == day.record("score_reference").inputs["model"] == champion.details["model"]
+    assert trained.metrics["first_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert trained.metrics["loss"] < 0.9 * math.log(2)
+    assert day.report()["findings"]["champion"]["version"] == "3"
+    assert day.versions == ["1", "2", "3", "4"]
+    assert (day.champion == "4") == (heldout["champion"]["difference"]["low"] > 0)
+    card = _client(week[0].uri).get_model_version(NAME, "4")
+    assert card.tags["dpo.base_model"] == f"{NAME} version 3"
 
 
 def test_address_of_the_webhook_is_in_no_log_event_or_run(week: Week) -> None:

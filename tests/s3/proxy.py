@@ -1,27 +1,15 @@
-"""An HTTP proxy on 127.0.0.1 that stands before a server, counts what it sees and does harm by rules.
-
-    proxy.fault("GET", r"/bucket/data", "reset", times=2)   the next two such requests; times=None: all of them
-    proxy.seen                                               every request with what became of it
-    proxy.count("GET", r"/bucket/data")
-
-A rule's expression is searched in the path with its query ("/bucket/key?partNumber=1&uploadId=...").
-"""
+"""An HTTP proxy before an S3 server, which does the harm that networks and object storage do (tests/harm.py)."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import http.client
-import os
-import re
 import select
 import socket
-import struct
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from tests.harm import Handler, Harmful
 
 Kind = Literal[
     "slow_down",  # 503 SlowDown
@@ -54,119 +42,22 @@ _EMPTY_LISTING = (
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length", "server", "date"}
 
 
-@dataclass
-class _Rule:
-    method: str
-    path: re.Pattern[str]
-    kind: str
-    times: int | None
-    skip: int
-
-    def strikes(self, method: str, path: str) -> bool:
-        if self.method not in {method, "*"} or not self.path.search(path) or self.times == 0:
-            return False
-        if self.skip:
-            self.skip -= 1
-            return False
-        if self.times is not None:
-            self.times -= 1
-        return True
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One request."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    kind: str
-    """What was done to it; "" if it was only passed on."""
-
-
-class Proxy:
-    """Starts with the ``with`` block and ends with it; its rules may change meanwhile."""
+class Proxy(Harmful):
+    """Stands before an S3 server."""
 
     def __init__(self, upstream: str, environment: dict[str, str]) -> None:
         self.upstream = upstream.removeprefix("http://")
         self._environment = environment
-        self._rules: list[_Rule] = []
-        self._lock = threading.Lock()
-        self.seen: list[Seen] = []
-        self.closing = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), _Handler, self)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Proxy:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, get_args(Kind))
 
     def environment(self) -> dict[str, str]:
         """The variables with which a process comes this way."""
         return {**self._environment, "AWS_ENDPOINT_URL": self.endpoint}
 
-    def fault(self, method: str, path: str, kind: Kind, times: int | None = None, *, skip: int = 0) -> None:
-        """Adds a rule; the first that fits a request is used.
 
-        Args:
-            method: "GET", "PUT", ..., or "*".
-            times: how many requests it strikes; None: all.
-            skip: how many it lets pass before.
-        """
-        assert kind in get_args(Kind), kind
-        with self._lock:
-            self._rules.append(_Rule(method, re.compile(path), kind, times, skip))
-
-    def clear(self) -> None:
-        """Forgets rules and requests."""
-        with self._lock:
-            self._rules.clear()
-            self.seen.clear()
-
-    def count(self, method: str, path: str, kind: str | None = None) -> int:
-        """How many such requests were seen; with ``kind``, only those that were treated so."""
-        with self._lock:
-            return sum(
-                method in {seen.method, "*"} and bool(re.search(path, seen.path)) and kind in {None, seen.kind}
-                for seen in self.seen
-            )
-
-    def treat(self, method: str, path: str, headers: Mapping[str, str]) -> str:
-        """Which harm this request gets; "" for none."""
-        with self._lock:
-            kind = next((rule.kind for rule in self._rules if rule.strikes(method, path)), "")
-            self.seen.append(Seen(method, path, headers, kind))
-            return kind
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], proxy: Proxy) -> None:
-        super().__init__(address, handler)
-        self.proxy = proxy
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are part of the tests."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each small answer waits 40 ms
-    server: _Server
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
-
+class _Handler(Handler):
     def _pass_on(self) -> None:
-        kind = self.server.proxy.treat(self.command, self.path, dict(self.headers))
+        kind = self._treat()
         size = int(self.headers.get("Content-Length") or 0)
         if kind == "refuse":
             self.close_connection = True
@@ -238,9 +129,3 @@ class _Handler(BaseHTTPRequestHandler):
         """Waits; whether the client has closed the connection, or the test has ended."""
         readable, _, _ = select.select([self.connection], [], [], seconds)
         return self.server.proxy.closing.is_set() or bool(readable and not self.connection.recv(1, socket.MSG_PEEK))
-
-    def _reset(self) -> None:
-        """Ends the connection with a reset and not with an orderly end."""
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(self.connection.detach())  # every other way shuts the connection down in order first
