@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 from dpo_train import storage
-from dpo_train.config import EndpointJudge, RewardModelJudge, RunConfig
+from dpo_train.config import RunConfig
+from dpo_train.config.places import is_lost, lost_paths
 from dpo_train.errors import ConfigError
 
 
@@ -90,42 +89,18 @@ def check_reach(config: RunConfig) -> None:
     """
     if config.cluster.launcher != "rayjob":
         return
-    mounts = [Path(mount) for mount in config.cluster.volumes]
-    lost = [
-        f"{key}={path}"
-        for key, path in _local_paths(config)
-        if not any(Path(path).is_relative_to(mount) for mount in mounts)
-    ]
+    lost = lost_paths(config)
+    database = (config.tracking.uri or "").removeprefix("sqlite:///")
+    if database != config.tracking.uri and is_lost(database, config):
+        lost["tracking.uri"] = database
     if lost:
-        where = ", ".join(map(str, mounts)) or "nothing is mounted"
+        where = ", ".join(config.cluster.volumes) or "nothing is mounted"
         raise ConfigError(
             "Jobs on the cluster would not see what lies on this machine",
-            got="; ".join(lost),
+            got="; ".join(f"{key}={path}" for key, path in lost.items()),
             expected=f"addresses (s3://, a hub name), or paths on a volume of cluster.volumes ({where})",
             fix="put them at s3://, or mount a volume that holds them: cluster.volumes={/data: name-of-the-claim}",
         )
-
-
-def _local_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every path of the config that means a place on a machine's own disk, with its key."""
-    sources = [(f"prepare.sources[{i}].path", source.path) for i, source in enumerate(config.prepare.sources)]
-    named = [
-        ("store", config.store),
-        ("model.path", config.model.path),
-        ("model.adapter", config.model.adapter),
-        ("prepare.path", config.prepare.path),
-        *sources,
-        ("prepare.chat_template", config.prepare.chat_template),
-        ("prepare.evaluation_prompts", config.prepare.evaluation_prompts),
-    ]
-    if isinstance(config.evaluate.judge, RewardModelJudge):
-        named.append(("evaluate.judge.path", config.evaluate.judge.path))
-    if isinstance(config.evaluate.judge, EndpointJudge):
-        named.append(("evaluate.judge.prompt", config.evaluate.judge.prompt))
-    if (config.tracking.uri or "").startswith("sqlite:///"):
-        named.append(("tracking.uri", str(config.tracking.uri).removeprefix("sqlite:///")))
-    # The config's paths are absolute; a hub name, like an address, is not.
-    yield from ((key, path) for key, path in named if path is not None and Path(path).is_absolute())
 
 
 def check_data(config: RunConfig) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from dpo_train.cluster.kubeflow.login import is_local
-from dpo_train.config import EndpointJudge, RewardModelJudge, RunConfig, to_text
-from dpo_train.config.judging import DEFAULT_PROMPTS
+from dpo_train.config import EndpointJudge, RunConfig, to_text
+from dpo_train.config.places import is_mounted, lost_paths
 from dpo_train.errors import ConfigError
 from dpo_train.tracking import redacted
 
@@ -24,16 +23,14 @@ def check_reach(config: RunConfig) -> None:
     Raises:
         ConfigError: one of its places is on this machine, or an address holds a login.
     """
-    mounts = tuple(config.cluster.volumes)
-    here = {name: path for name, path in _places(config) if _is_here(path, mounts)}
-    if here:
+    if here := lost_paths(config):
         raise ConfigError(
             "The cluster cannot see places on this machine",
             got=", ".join(f"{name}={path}" for name, path in here.items()),
             expected="s3://..., a name on the hub, or a path below one of cluster.volumes",
             fix="put them there, and name them so in the config",
         )
-    local = {name: uri for name, uri in _addresses(config).items() if _means_here(uri, mounts)}
+    local = {name: uri for name, uri in _addresses(config).items() if _means_here(uri, config)}
     if local:
         raise ConfigError(
             "In the cluster these addresses mean another machine than this",
@@ -93,24 +90,6 @@ def check_image(image: str, origin: str) -> None:
         )
 
 
-def _places(config: RunConfig) -> Iterator[tuple[str, str]]:
-    prepare, judge = config.prepare, config.evaluate.judge
-    optional: dict[str, str | None] = {
-        "store": config.store,
-        "model.path": config.model.path,
-        "model.adapter": config.model.adapter,
-        "prepare.path": prepare.path,
-        **{f"prepare.sources[{index}].path": source.path for index, source in enumerate(prepare.sources)},
-        "prepare.chat_template": prepare.chat_template,
-        "prepare.evaluation_prompts": prepare.evaluation_prompts,
-        "evaluate.judge.path": judge.path if isinstance(judge, RewardModelJudge) else None,
-        "evaluate.judge.prompt": (
-            judge.prompt if isinstance(judge, EndpointJudge) and judge.prompt not in DEFAULT_PROMPTS else None
-        ),
-    }
-    yield from ((name, path) for name, path in optional.items() if path is not None)
-
-
 def _with_logins(tree: Any, place: str = "") -> list[str]:
     """Where in JSON types there are addresses with logins or keys."""
     if isinstance(tree, Mapping):
@@ -118,17 +97,6 @@ def _with_logins(tree: Any, place: str = "") -> list[str]:
     if isinstance(tree, list):
         return [found for index, item in enumerate(tree) for found in _with_logins(item, f"{place}[{index}]")]
     return [place] if isinstance(tree, str) and redacted(tree) != tree else []
-
-
-def _is_here(path: str, mounts: tuple[str, ...]) -> bool:
-    """The config's paths are absolute; what is left without a slash before it is a name on the hub."""
-    path = path.removeprefix("file://")
-    return path.startswith("/") and not _is_mounted(path, mounts)
-
-
-def _is_mounted(path: str, mounts: tuple[str, ...]) -> bool:
-    parts = PurePosixPath(path)
-    return ".." not in parts.parts and any(parts.is_relative_to(mount) for mount in mounts)
 
 
 def _addresses(config: RunConfig) -> Mapping[str, str]:
@@ -142,11 +110,11 @@ def _addresses(config: RunConfig) -> Mapping[str, str]:
     return {name: uri for name, uri in optional.items() if uri is not None}
 
 
-def _means_here(uri: str, mounts: tuple[str, ...]) -> bool:
+def _means_here(uri: str, config: RunConfig) -> bool:
     scheme, _, rest = uri.partition("://")
     if scheme.startswith("sqlite"):
         # sqlite:///relative and sqlite:////absolute
-        return not _is_mounted(rest.removeprefix("/"), mounts)
+        return not is_mounted(rest.removeprefix("/"), config)
     if scheme == "file" or not rest:
-        return not _is_mounted(rest or uri, mounts)
+        return not is_mounted(rest or uri, config)
     return is_local(urlsplit(uri).hostname)
