@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from dpo_train.cluster import job as jobs
+from dpo_train.cluster.job import Ended, Job
+from dpo_train.cluster.ray_api import RayApiLauncher
+from dpo_train.config import RunConfig, parse_config
 
 Json = dict[str, Any]
 
@@ -126,3 +132,38 @@ def fake_ray() -> Iterator[FakeRay]:
         finally:
             http.shutdown()
             thread.join()
+
+
+@dataclass
+class Call:
+    """One caller, whose time passes by waiting alone."""
+
+    config: RunConfig
+    job: Job
+    told: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    waited_s: float = 0.0
+    interrupt_after: int | None = None
+
+    def wait(self, seconds: float) -> None:
+        self.waited_s += seconds
+        if self.interrupt_after is not None:
+            self.interrupt_after -= 1
+            if self.interrupt_after < 0:
+                self.interrupt_after = None
+                raise KeyboardInterrupt
+
+    def run(self) -> Ended:
+        launcher = RayApiLauncher(self.config, wait=self.wait, clock=lambda: self.waited_s)
+        return launcher.run(self.job, tell=self.told.append, line=self.lines.append)
+
+
+def call(folder: Path, ray: FakeRay, *overrides: str, run_id: str | None = "a-run") -> Call:
+    tree = {
+        "store": str(folder / "store"),
+        "model": {"path": str(folder)},
+        "prepare": {"path": str(folder)},
+        "cluster": {"launcher": "ray", "address": ray.url},
+    }
+    config = parse_config(json.dumps(tree), overrides, origin="the test")
+    return Call(config, jobs.job_for("prepare", config, {}, run_id=run_id))
