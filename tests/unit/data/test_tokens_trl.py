@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_train.data.pairs import Message, PreferencePair, Rejection
 from dpo_train.data.tokens import EncodedPair
-from tests.unit.data.test_tokens import THINKING, encoder, ids_of, kept
+from tests.unit.data.encoding import THINKING, encoder, ids_of, kept
 from tests.unit.data.tokenizer_kinds import KINDS, TEMPLATES, make
 
 trl = pytest.importorskip("trl.trainer.dpo_trainer")
