@@ -3,103 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dpo_train.artifacts import Artifact
 from dpo_train.config import LogUniform, RunConfig, SelectConfig
 from dpo_train.errors import ConfigError, RunError
 from dpo_train.progress import ENVIRONMENT_KEY
 from dpo_train.stages import prepare, score_reference, sweep, train
-from dpo_train.stages.executor import InProcess, TrialCall, TrialEnd
+from dpo_train.stages.executor import InProcess
 from dpo_train.stages.sweep import chosen_config
 from dpo_train.train.job import RankJob, TrainJob
-from tests.tiny import tiny_config
-
-LOCAL = InProcess()
-BETAS = (0.05, 0.1, 0.5, 1.0)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Artifact]:
-    """Eight steps are a whole training here."""
-    config = tiny_config(tmp_path_factory.mktemp("sweep"), train__max_steps=8)
-    config = replace(config, sweep=replace(config.sweep, num_prompts=2))
-    return config, score_reference(config, prepare(config, LOCAL), LOCAL)
-
-
-@pytest.fixture
-def config(made: tuple[RunConfig, Artifact], tmp_path: Path) -> RunConfig:
-    """With a store of its own for what is trained."""
-    return replace(made[0], store=str(tmp_path / "store"))
-
-
-@pytest.fixture
-def scored(made: tuple[RunConfig, Artifact]) -> Artifact:
-    return made[1]
-
-
-def with_sweep(config: RunConfig, **changes: Any) -> RunConfig:
-    return replace(config, sweep=replace(config.sweep, **changes))
-
-
-def with_train(config: RunConfig, **changes: Any) -> RunConfig:
-    return replace(config, train=replace(config.train, **changes))
-
-
-def elsewhere(config: RunConfig) -> RunConfig:
-    """The same with another, empty store."""
-    return replace(config, store=f"{config.store}-2")
-
-
-def trials_of(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    content = json.loads((artifact.path / "trials.json").read_text())
-    return {trial["name"]: trial for trial in content["trials"]}
-
-
-def policies(config: RunConfig) -> list[str]:
-    """Addresses of the complete trainings in the store, none of which is without its weights."""
-    folder = Path(config.store) / "train"
-    complete = {file.parent for file in folder.glob("*/record.json")}
-    assert complete == {file.parent.parent for file in folder.glob("*/adapter/*.safetensors")}
-    return sorted(f"train/{each.name}" for each in complete)
-
-
-def same_weights(one: Artifact, other: Artifact) -> bool:
-    """Bit for bit."""
-    mine, others = (load_file(each.path / "adapter" / "adapter_model.safetensors") for each in (one, other))
-    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
-
-
-class Counting(InProcess):
-    """Notes every training, its beta and where it was to pause, and counts what models were asked."""
-
-    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self.trained: list[tuple[float, int | None]] = []
-        self.asked = 0
-        self._meanwhile = meanwhile
-
-    def run_ranks(self, job: RankJob) -> None:
-        if isinstance(job, TrainJob):
-            self.trained.append((job.config.beta, job.pause_at))
-        super().run_ranks(job)
-
-    def map_tables(self, *args: Any, **more: Any) -> Any:
-        self.asked += 1
-        return super().map_tables(*args, **more)
-
-    def trials(self, trials: Sequence[TrialCall], ended: Callable[[int, TrialEnd], None]) -> None:
-        def both(number: int, end: TrialEnd) -> None:
-            ended(number, end)
-            self._meanwhile()
-
-        super().trials(trials, both)
+from tests.unit.stages.sweep.project import (
+    BETAS,
+    LOCAL,
+    Counting,
+    elsewhere,
+    policies,
+    same_weights,
+    trials_of,
+    with_sweep,
+    with_train,
+)
 
 
 def test_every_trial_is_recorded_and_no_weights_stay(config: RunConfig, scored: Artifact) -> None:
@@ -228,86 +156,6 @@ def test_halving_goes_on_with_the_better_half_bit_for_bit(config: RunConfig, sco
     assert (policy.reused, alone.reused) == (True, False)
     assert same_weights(policy, alone)
     assert curve(policy) == curve(alone)
-
-
-def test_kl_at_a_rung_is_that_of_the_policy_there(config: RunConfig, scored: Artifact) -> None:
-    """With a constant rate a training of four steps is the first half of one of eight: the stopped trial's KL, accuracy
-    and length ratio are those of that training's end, and nothing of the paused policy stays."""
-    halved = with_sweep(config, betas=(0.1, 0.5), halving=2)
-    stopped = trials_of(sweep(halved, scored, LOCAL))
-    (name,) = [name for name, trial in stopped.items() if trial["steps"] == 4]
-    alone = with_sweep(elsewhere(config), betas=(stopped[name]["parameters"]["beta"],), max_steps=4)
-
-    ended = trials_of(sweep(alone, scored, LOCAL))[name]
-
-    assert stopped[name]["kl"]["value"] == pytest.approx(ended["kl"]["value"], abs=1e-4)
-    assert stopped[name]["accuracy"]["value"] == pytest.approx(ended["accuracy"]["value"])
-    assert stopped[name]["length_ratio"] == ended["length_ratio"]
-    assert list(Path(config.store).rglob("*.safetensors")) == []
-
-
-def test_kl_points_are_measured_on_the_way_of_every_trial(config: RunConfig, scored: Artifact) -> None:
-    """After half of the steps and at the end, without stopping anything; the policy is an unbroken training's."""
-    halves = with_sweep(config, betas=(0.1, 0.5), kl_points=2, use="policy")
-
-    made = sweep(halves, scored, LOCAL)
-
-    for trial in trials_of(made).values():
-        assert [point["step"] for point in trial["points"]] == [4, 8]
-        assert all(point["kl"]["n"] == 2 for point in trial["points"])
-        assert trial["stopped"] is None
-    alone = train(chosen_config(elsewhere(halves), made), scored, LOCAL)
-    assert same_weights(train(chosen_config(halves, made), scored, LOCAL), alone)
-
-
-def test_another_budget_trains_nothing_and_measures_nothing(config: RunConfig, scored: Artifact) -> None:
-    """Losers' weights are gone; what was found of them is found again, curves and all. So too after a sweep that ended
-    without a choice."""
-    swept = with_sweep(config, betas=(0.1, 0.5), max_steps=3)
-    with pytest.raises(RunError, match="within the budgets"):
-        sweep(with_sweep(swept, select=SelectConfig(max_length_growth=1e-9)), scored, LOCAL)
-    counting = Counting()
-
-    made = sweep(with_sweep(swept, select=SelectConfig(max_length_growth=9.0)), scored, counting)
-
-    assert (counting.trained, counting.asked) == ([], 0)
-    fresh = sweep(elsewhere(swept), scored, LOCAL)
-    assert trials_of(made) == trials_of(fresh)
-    names = [name for name in made.record.files if name.startswith("trials/")]
-    assert len(names) == 2
-    assert all((made.path / name).read_text().count("\n") == 3 for name in names)
-
-
-def test_loser_of_one_sweep_that_wins_another_is_trained_again(config: RunConfig, scored: Artifact) -> None:
-    """Hardly moved, it loses; under a budget that the winner breaks it wins, with ``use=policy``: one training, bit for
-    bit what it was."""
-    taken = with_sweep(config, learning_rates=(1e-9, 5e-3), use="policy", num_prompts=8)
-    first = sweep(taken, scored, LOCAL)
-    assert first.record.details["parameters"] == {"learning_rate": 5e-3}
-    counting = Counting()
-
-    stricter = with_sweep(taken, select=SelectConfig(max_kl=0.01))
-    second = sweep(stricter, scored, counting)
-
-    assert second.record.details["parameters"] == {"learning_rate": 1e-9}
-    assert [pause for _, pause in counting.trained] == [None]
-    assert counting.asked == 0
-    assert policies(config) == sorted([first.record.details["policy"], second.record.details["policy"]])
-    alone = train(chosen_config(elsewhere(stricter), second), scored, LOCAL)
-    assert same_weights(train(chosen_config(stricter, second), scored, LOCAL), alone)
-
-
-def test_halving_stops_what_is_over_the_budget_before_what_is_within(config: RunConfig, scored: Artifact) -> None:
-    """The better of two rates is over the KL's budget at its rung: the other one goes on, where the sweep would have
-    ended without any trial within the budget."""
-    halved = with_sweep(config, learning_rates=(1e-9, 5e-3), halving=2, num_prompts=8, select=SelectConfig(max_kl=0.01))
-
-    made = sweep(halved, scored, LOCAL)
-
-    assert made.record.details["parameters"] == {"learning_rate": 1e-9}
-    (why,) = made.record.details["why_not"].values()
-    assert why.startswith("stopped at step 4: place 2 of 2 by rewards/accuracy")
-    assert "over the budget of 0.01" in why
 
 
 def curve(artifact: Artifact) -> list[list[float | None]]:
