@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from dpo_train import storage
 from dpo_train.artifacts import Artifact, local_copy, open_artifact
 from dpo_train.config import RunConfig, parse_config
+from dpo_train.config.evaluation import NO_CHAMPION
 from dpo_train.describe import hand_on, metadata, refusal, summary
 from dpo_train.errors import GateRefusedError, StoreError
 from dpo_train.launching import is_launched, run_elsewhere
@@ -314,7 +315,7 @@ def _champion(config: RunConfig, tracking: Tracking, policy: Artifact) -> Champi
     Raises:
         UserError: ``evaluate.champion`` names a version that does not exist.
     """
-    if config.evaluate.champion is None:
+    if config.evaluate.champion in {None, NO_CHAMPION}:
         return None
     from dpo_train import registry
     from dpo_train.findings import Champion

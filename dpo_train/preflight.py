@@ -7,6 +7,7 @@ import os
 
 from dpo_train import storage
 from dpo_train.config import RunConfig
+from dpo_train.config.evaluation import NO_CHAMPION
 from dpo_train.config.places import is_lost, lost_paths
 from dpo_train.errors import ConfigError
 
@@ -42,7 +43,7 @@ def check_tracking(config: RunConfig) -> None:
 
 def _check_champion(config: RunConfig) -> None:
     """A champion that was asked for by name must be there; by default there may be none."""
-    if config.evaluate.champion in {None, "champion"}:
+    if config.evaluate.champion in {None, NO_CHAMPION, "champion"}:
         return
     from dpo_train import registry
     from dpo_train.tracking import Tracking

@@ -19,6 +19,7 @@ from dpo_train import registry, storage
 from dpo_train.artifacts import Artifact, Output, Summary, local_copy
 from dpo_train.config import RunConfig
 from dpo_train.config.cluster import Outcome
+from dpo_train.config.evaluation import NO_CHAMPION
 from dpo_train.data.folder import MODEL_FOLDER
 from dpo_train.describe import refusal, summary
 from dpo_train.preflight import check_data, check_models, check_reach, data_digest
@@ -124,11 +125,11 @@ def nailed_down(config: RunConfig, tracking: Tracking, champion: RegisteredVersi
     Started from a champion there is no SFT: it has been through one, and another would undo what DPO did.
     """
     opponent = champion
-    if config.evaluate.champion not in {None, CHAMPION}:
+    if config.evaluate.champion not in {None, NO_CHAMPION, CHAMPION}:
         with tracking.errors():
             opponent = registry.champion(tracking.client, config.register.model_name, str(config.evaluate.champion))
-    if config.evaluate.champion is not None:
-        which = None if opponent is None else opponent.version
+    if config.evaluate.champion not in {None, NO_CHAMPION}:
+        which = NO_CHAMPION if opponent is None else opponent.version
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, champion=which))
     if config.retrain.start == "champion" and champion is not None:
         made = stored_champion(config, tracking, champion)

@@ -10,6 +10,9 @@ from annotated_types import Ge, Gt, Le
 from dpo_train.config.judging import JudgeConfig
 from dpo_train.config.kinds import STRICT, Alias, Count, ModelName, Positive, option
 
+NO_CHAMPION = "none"
+"""As ``evaluate.champion``: there was none when the run began. One that comes meanwhile is not compared with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
@@ -54,7 +57,8 @@ class EvaluateConfig:
     row_tokens: Count = option(2048, "tokens per packed row while scoring")
     champion: str | None = option(
         "champion",
-        "alias, or number, of the version of register.model_name to compare with, where there is one; null: none",
+        "alias, or number, of the version of register.model_name to compare with, where there is one; null: none; "
+        f"{NO_CHAMPION}: the same, and rules about a champion do not apply",
     )
     num_prompts: Annotated[int, Ge(0)] = option(
         64, "held-out prompts that policy, reference and champion answer; 0: none"

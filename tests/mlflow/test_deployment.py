@@ -219,7 +219,7 @@ def test_no_secret_is_in_a_log_or_an_argument(deployed: Deployed) -> None:
     """Of the server and all processes that it started."""
     if shutil.which("ps") is None:
         pytest.skip("ps is not on the path")
-    arguments = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    arguments = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     log = deployed.log.read_text()
 
     assert deployed.url.rsplit(":", 1)[1] in arguments
