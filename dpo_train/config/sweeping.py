@@ -69,7 +69,9 @@ class SweepConfig:
         16, "validation prompts that each trial answers, for its KL and lengths; 0: none"
     )
     kl_points: Count = option(
-        1, "after how many equal parts of its steps a trial answers them; 1: at its end (and where halving stops it)"
+        1,
+        "after how many equal parts of its steps a trial answers them, and the judge is asked of its answers where "
+        "select.metric is reward or win_rate; 1: at its end (and at halving's rungs, where an endpoint is not asked)",
     )
     select: SelectConfig = field(default_factory=SelectConfig, metadata={"help": "which trial wins"})
     use: Literal["settings", "policy"] = option(

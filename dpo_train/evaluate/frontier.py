@@ -88,12 +88,12 @@ def _draw_ways(axes: Any, drawn: Picture) -> None:
     """Thin, with a dot at each step that was measured; a cross where halving stopped it."""
     for way in drawn.ways:
         colour = drawn.looks[way.name].colour
-        x, y = [kl.value for kl in way.kl], [accuracy.value for accuracy in way.accuracy]
+        x, y = [kl.value for kl in way.kl], [found.value for found in way.metric]
         axes.plot(x, y, ".-", color=colour, linewidth=0.8, markersize=4, alpha=0.8, zorder=1)
         if way.is_stopped:
             axes.plot(x[-1], y[-1], "x", color=colour, markersize=6, zorder=3)
         if way.has_seeds and len(x) > 1:
-            low, high = [one.low for one in way.accuracy], [one.high for one in way.accuracy]
+            low, high = [one.low for one in way.metric], [one.high for one in way.metric]
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0, zorder=0)
 
 

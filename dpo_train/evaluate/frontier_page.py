@@ -150,6 +150,7 @@ def _settings(trials: Sequence[Trial], choice: Choice | None, drawn: Picture) ->
     for trial in trials:
         members.setdefault(setting_name(trial), []).append(trial)
     marks = {mark.name: mark for mark in drawn.marks}
+    ways = {way.name: _by_step(way, drawn) for way in drawn.ways}
     found = []
     for place, (name, several) in enumerate(members.items()):
         state = min((_state(trial) for trial in several), key=_STATES.index)
@@ -157,6 +158,7 @@ def _settings(trials: Sequence[Trial], choice: Choice | None, drawn: Picture) ->
         places = [each["values"].index(value) for each, value in zip(filters, [*values, state], strict=True)]
         mark = marks.get(name)
         numbers = [] if mark is None else [(drawn.y_label, _interval(mark.y)), (drawn.x_label, _interval(mark.x))]
+        numbers += ways.get(name, [])
         is_chosen = choice is not None and choice.trial in several
         why = "chosen" if is_chosen or choice is None else choice.why_not[several[0].name]
         found.append(
@@ -191,10 +193,10 @@ def _chart(drawn: Picture, tags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _way(way: Way, drawn: Picture, x: _Scale, y: _Scale) -> dict[str, Any]:
-    points = [(kl.value, found.value) for kl, found in zip(way.kl, way.accuracy, strict=True)]
-    band = [(at, found.high) for (at, _), found in zip(points, way.accuracy, strict=True)]
-    band += [(at, found.low) for (at, _), found in reversed(list(zip(points, way.accuracy, strict=True)))]
-    words = f"{_name(way.name)}, step {', '.join(map(str, way.steps))}"
+    points = [(kl.value, found.value) for kl, found in zip(way.kl, way.metric, strict=True)]
+    band = [(at, found.high) for (at, _), found in zip(points, way.metric, strict=True)]
+    band += [(at, found.low) for (at, _), found in reversed(list(zip(points, way.metric, strict=True)))]
+    words = f"{_name(way.name)}, {'; '.join(f'{step}: {text}' for step, text in _by_step(way, drawn))}"
     return {
         "words": words + ("; stopped" if way.is_stopped else ""),
         "colour": drawn.looks[way.name].colour,
@@ -203,6 +205,14 @@ def _way(way: Way, drawn: Picture, x: _Scale, y: _Scale) -> dict[str, Any]:
         "band": _polyline(band, x, y) if way.has_seeds and len(points) > 1 else "",
         "is_stopped": way.is_stopped,
     }
+
+
+def _by_step(way: Way, drawn: Picture) -> list[tuple[str, str]]:
+    """What was found of a setting on its way: ("step 20", ...)."""
+    return [
+        (f"step {step}", f"{drawn.y_label} {number(found.value)}, KL {number(kl.value)}")
+        for step, kl, found in zip(way.steps, way.kl, way.metric, strict=True)
+    ]
 
 
 def _mark(mark: Mark, drawn: Picture, x: _Scale, y: _Scale) -> dict[str, Any]:

@@ -67,12 +67,12 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A setting's way over the picture: KL and accuracy by step, where both were measured, up to where it ended."""
+    """A setting's way over the picture: KL and metric by step, where both were measured, up to where it ended."""
 
     name: str
     steps: tuple[int, ...]
     kl: tuple[Estimate, ...]
-    accuracy: tuple[Estimate, ...]
+    metric: tuple[Estimate, ...]
     has_seeds: bool
     is_stopped: bool
     """It ends at a rung of halving, without a mark."""
@@ -96,7 +96,7 @@ class Picture:
     curves: tuple[Curve, ...]
     """Empty where no trial was measured on its way."""
     ways: tuple[Way, ...]
-    """Of settings of which more is known than a mark shows; empty where y is not the accuracy."""
+    """Of settings of which more is known than a mark shows."""
     budget: float | None
     """Of the KL, where that is what x is."""
     looks: dict[str, Look]
@@ -114,7 +114,7 @@ class Picture:
     @property
     def all_y(self) -> list[Estimate]:
         """The same of y."""
-        return [*(mark.y for mark in self.marks), *(found for way in self.ways for found in way.accuracy)]
+        return [*(mark.y for mark in self.marks), *(found for way in self.ways for found in way.metric)]
 
 
 def picture(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig) -> Picture:
@@ -133,7 +133,7 @@ def picture(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig
         y_label=METRICS[config.metric],
         marks=_with_frontier(marks) if has_kl else tuple(marks),
         curves=_curves(trials),
-        ways=_ways(trials) if has_kl and config.metric == "accuracy" else (),
+        ways=_ways(trials, config.metric) if has_kl else (),
         budget=config.max_kl if has_kl else None,
         looks=looks,
         colours=colours,
@@ -188,24 +188,25 @@ def _curves(trials: Sequence[Trial]) -> tuple[Curve, ...]:
     return tuple(curves) if any(len(curve.steps) > 1 for curve in curves) else ()
 
 
-def _ways(trials: Sequence[Trial]) -> tuple[Way, ...]:
+def _ways(trials: Sequence[Trial], metric: str) -> tuple[Way, ...]:
     ways = []
     for name, members in _by_setting(trials):
         by_step: dict[int, list[tuple[Estimate, Estimate]]] = {}
         for point in (point for trial in members for point in trial.points):
-            if _is_there(point.kl) and _is_there(point.accuracy):
-                by_step.setdefault(point.step, []).append((point.kl, point.accuracy))
+            value: Estimate | None = getattr(point, metric)
+            if _is_there(point.kl) and _is_there(value):
+                by_step.setdefault(point.step, []).append((point.kl, value))
         is_stopped = any(trial.stopped is not None for trial in members)
         if len(by_step) <= (0 if is_stopped else 1):
             continue
         steps = sorted(by_step)
-        kl, accuracy = ([pool_estimates([both[k] for both in by_step[step]]) for step in steps] for k in (0, 1))
+        kl, found = ([pool_estimates([both[k] for both in by_step[step]]) for step in steps] for k in (0, 1))
         ways.append(
             Way(
                 name=name,
                 steps=tuple(steps),
                 kl=tuple(filter(None, kl)),
-                accuracy=tuple(filter(None, accuracy)),
+                metric=tuple(filter(None, found)),
                 has_seeds=len(members) > 1,
                 is_stopped=is_stopped,
             )

@@ -22,7 +22,7 @@ from dpo_train.evaluate.statistics import cluster_bootstrap
 from dpo_train.findings import Estimate
 
 TRIALS_FILE = "trials.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Goes up when a key of trials.json is renamed, removed or added, or means something else."""
 
 Parameter = float | int | str
@@ -35,17 +35,21 @@ _CAREFUL = (
 )
 """What moves the policy less is simpler: by parameter its sign in the order, and the word for what is less careful."""
 _ROUNDING = 1e-9
-_NUMBERS = ("accuracy", "margin", "kl", "length_ratio", "reward", "win_rate")
+NUMBERS = ("accuracy", "margin", "kl", "length_ratio", "reward", "win_rate")
+"""Of a trial, and of each of its points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is known of a trial after some of its steps."""
+    """What is known of a trial after some of its steps; the numbers mean what they mean of a trial."""
 
     step: int
     accuracy: Estimate | None = None
     margin: Estimate | None = None
     kl: Estimate | None = None
+    length_ratio: Estimate | None = None
+    reward: Estimate | None = None
+    win_rate: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,13 +380,10 @@ def trial_from_dict(content: Mapping[str, Any]) -> Trial:
     return Trial(
         **{
             **content,
-            **{name: estimate_from_dict(content[name]) for name in _NUMBERS},
+            **{name: estimate_from_dict(content[name]) for name in NUMBERS},
             "deviations": {metric: tuple(map(float, text.split())) for metric, text in content["deviations"].items()},
             "points": tuple(
-                Point(
-                    step=point["step"],
-                    **{name: estimate_from_dict(point[name]) for name in ("accuracy", "margin", "kl")},
-                )
+                Point(step=point["step"], **{name: estimate_from_dict(point[name]) for name in NUMBERS})
                 for point in content["points"]
             ),
         }

@@ -3,6 +3,7 @@
 pairs    --policy-->             log-probs --> accuracy, margin
 prompts  --policy, reference-->  answers   --> KL, length ratio --judge--> reward, win rate
 
+On the way of a trial its answers are measured as at its end.
 Nothing of the held-out split is looked at: the evaluation must find it untouched by the choice.
 P: validation pairs, N: prompts, G: groups.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,7 @@ from dpo_train.errors import ConfigError
 from dpo_train.evaluate.judge import Judgement, compare_rewards, win_rate
 from dpo_train.evaluate.samples import describe, turn_ends
 from dpo_train.evaluate.statistics import Floats, Ints, Means, effective_groups, number_groups, wilson
-from dpo_train.evaluate.trials import Parameter, Point, Trial
+from dpo_train.evaluate.trials import NUMBERS, Parameter, Point, Trial
 from dpo_train.findings import Estimate
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
@@ -47,23 +49,37 @@ _REFERENCE_REWARDS = "reference-rewards.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Answers of a policy and of its reference to the validation prompts, and what follows from them."""
-
-    ours: pa.Table
-    theirs: pa.Table
-    kl: Estimate | None
-    length_ratio: Estimate | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Judged:
-    """What the judge says of a trial's answers, and by metric each prompt's value [N] (NaN: unjudged)."""
+class Judged:
+    """What the judge says of a policy's answers."""
 
     reward: Estimate | None = None
     win_rate: Estimate | None = None
     values_N: Mapping[str, Floats] = field(default_factory=dict)
-    problem: str | None = None
+    """By metric each prompt's value (NaN: unjudged)."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """By metric why it cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What a policy's answers to the validation prompts show."""
+
+    kl: Estimate | None = None
+    length_ratio: Estimate | None = None
+    judged: Judged = field(default_factory=Judged)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Estimates, or None, by the names that a trial has for them."""
+        found = {"kl": self.kl, "length_ratio": self.length_ratio}
+        return {**found, "reward": self.judged.reward, "win_rate": self.judged.win_rate}
+
+
+def asks_judge(config: RunConfig, *, at_end: bool) -> bool:
+    """Whether the judge is asked of a trial, at its end or where it pauses. On the way an endpoint, which costs money,
+    is asked only where ``sweep.kl_points`` wants to know, and not of every trial that halving may stop."""
+    sweep, is_paid = config.sweep, isinstance(config.evaluate.judge, EndpointJudge)
+    return sweep.select.metric != "accuracy" and (at_end or sweep.kl_points > 1 or not is_paid)
 
 
 def check_measurable(config: RunConfig, scored: Artifact) -> None:
@@ -139,23 +155,29 @@ def measure_trial(
         deviations={"accuracy": deviations(right_P, group_P)},
     )
     if said.answers is not None:
-        sampled = _sampled(config, asked, said.answers, prompts, executor, out, mine, reporter)
-        trial = replace(trial, kl=sampled.kl, length_ratio=sampled.length_ratio)
-        trial = _with_judge(config, trial, sampled, prompts, executor, out, reporter)
+        sampled = _sampled(config, asked, said.answers, prompts, executor, out, mine, reporter, at_end=True)
+        values = sampled.judged.values_N.items()
+        found = {name: deviations(values_N, np.arange(len(values_N))) for name, values_N in values}
+        trial = replace(
+            trial, **sampled.numbers, deviations={**trial.deviations, **found}, failure=_problem(config, sampled)
+        )
     return replace(trial, points=_points(policy, trial, np.bincount(group_P)))
 
 
 def sample_paused(
     config: RunConfig, scored: Artifact, policy: Artifact, *, executor: Executor, out: Output, reporter: Reporter
-) -> Sampled | None:
-    """What a policy's answers show on the way of a trial; None where no prompts are asked. Arguments are those of
-    ``measure_trial``."""
+) -> Sampled:
+    """What a policy's answers show on the way of a trial. That the judge has nothing to say there is no failure of the
+    trial. Arguments and errors are those of ``measure_trial``."""
     validation, prompts = _asked_of(config, scored)
     asked, mine = _policy(config, policy, validation), _folder_of(policy, out)
     answers = ask(config, asked, mine, executor, reporter, prompts=_questions(config, prompts)).answers
     if answers is None:
-        return None
-    return _sampled(config, asked, answers, prompts, executor, out, mine, reporter)
+        return Sampled()
+    sampled = _sampled(config, asked, answers, prompts, executor, out, mine, reporter, at_end=False)
+    if (problem := _problem(config, sampled)) is not None:
+        reporter.message(f"note: after {policy.record.counts['steps']} steps {problem}")
+    return sampled
 
 
 def accuracy_of(share: float, sizes_G: Ints) -> Estimate:
@@ -215,6 +237,8 @@ def _sampled(
     out: Output,
     mine: Output,
     reporter: Reporter,
+    *,
+    at_end: bool,
 ) -> Sampled:
     """What the policy's answers show. ``out`` holds what is of all trials, ``mine`` what is of this policy."""
     reference = replace(asked, name="reference", weights=None)
@@ -223,28 +247,19 @@ def _sampled(
     scores = ask(config, reference, mine, executor, reporter, pairs=answer_tables(answers, prompts)).scores
     divergence = estimate_kl(answers, scores)
     (described,) = describe(answers, theirs, model="policy", seed=config.seed)
-    kl = None if divergence is None else divergence.kl
-    return Sampled(ours=answers, theirs=theirs, kl=kl, length_ratio=described.length_ratio)
-
-
-def _with_judge(
-    config: RunConfig,
-    trial: Trial,
-    sampled: Sampled,
-    prompts: pa.Table,
-    executor: Executor,
-    out: Output,
-    reporter: Reporter,
-) -> Trial:
-    """The trial with what the judge says of its answers, where it is asked."""
+    sampled = Sampled(kl=None if divergence is None else divergence.kl, length_ratio=described.length_ratio)
     judge = config.evaluate.judge
-    if config.sweep.select.metric == "accuracy" or judge is None:
-        return trial
-    judged = _judged(config, judge, prompts, _texts(sampled.ours), _texts(sampled.theirs), executor, out, reporter)
-    if judged.problem is not None:
-        return replace(trial, failure=f"its {config.sweep.select.metric} cannot be used: {judged.problem}")
-    found = {name: deviations(values_N, np.arange(len(values_N))) for name, values_N in judged.values_N.items()}
-    return replace(trial, reward=judged.reward, win_rate=judged.win_rate, deviations={**trial.deviations, **found})
+    if judge is None or not asks_judge(config, at_end=at_end):
+        return sampled
+    judged = _judged(config, judge, prompts, _texts(answers), _texts(theirs), executor, out, reporter)
+    return replace(sampled, judged=judged)
+
+
+def _problem(config: RunConfig, sampled: Sampled) -> str | None:
+    """Why what selects cannot be used, in words."""
+    metric = config.sweep.select.metric
+    problem = sampled.judged.problems.get(metric)
+    return None if problem is None else f"its {metric} cannot be used: {problem}"
 
 
 def _judged(
@@ -256,7 +271,7 @@ def _judged(
     executor: Executor,
     out: Output,
     reporter: Reporter,
-) -> _Judged:
+) -> Judged:
     rows = {row["pair_id"]: row for row in prompts.select(["pair_id", "prompt"]).to_pylist()}
     if isinstance(judge, EndpointJudge):
         judgements = list(ask_endpoint(judge, rows, ours, {"reference": theirs}, reporter)["reference"].values())
@@ -271,24 +286,22 @@ def _judged(
         if not kept.is_file():
             out.write_json(f"{WORK}/{_REFERENCE_REWARDS}", rewards(theirs))
     mine = rewards(ours)
-    found = _won(compare_rewards(mine, json.loads(kept.read_text(encoding="utf-8"))), list(rows), judge.kind)
-    if config.sweep.select.metric == "win_rate" and found.problem is not None:
-        return found
+    won = _won(compare_rewards(mine, json.loads(kept.read_text(encoding="utf-8"))), list(rows), judge.kind)
     mine_N = np.array(mine, dtype=np.float64)
     if not np.isfinite(mine_N).any():
-        return _Judged(problem="the judge rewards none of the answers with a number")
+        return replace(won, problems={**won.problems, "reward": "the judge rewards none of the answers with a number"})
     mine_N[~np.isfinite(mine_N)] = np.nan
     reward = Means({"": mine_N}, np.arange(len(mine_N)), seed=config.seed).mean("")
-    return replace(found, reward=reward, values_N={**found.values_N, "reward": mine_N}, problem=None)
+    return replace(won, reward=reward, values_N={**won.values_N, "reward": mine_N})
 
 
-def _won(judgements: Sequence[Judgement], prompt_ids: Sequence[str], judge: str) -> _Judged:
+def _won(judgements: Sequence[Judgement], prompt_ids: Sequence[str], judge: str) -> Judged:
     found = win_rate(judgements, prompt_ids, opponent="reference", judge=judge, temperature=TEMPERATURE)
     outcomes = [judgement.outcome for judgement in judgements]
-    return _Judged(
+    return Judged(
         win_rate=None if found.problem else found.win_rate,
         values_N={"win_rate": np.array(outcomes, dtype=np.float64)},
-        problem=found.problem,
+        problems={"win_rate": found.problem} if found.problem else {},
     )
 
 
@@ -304,4 +317,4 @@ def _points(policy: Artifact, trial: Trial, sizes_G: Ints) -> tuple[Point, ...]:
         accuracy = line.get("validation/rewards/accuracy")
         if accuracy is not None and line["step"] + 1 < end:
             way.append(Point(step=int(line["step"]) + 1, accuracy=accuracy_of(accuracy, sizes_G)))
-    return (*way, Point(step=end, accuracy=trial.accuracy, margin=trial.margin, kl=trial.kl))
+    return (*way, Point(step=end, **{name: getattr(trial, name) for name in NUMBERS}))

@@ -18,6 +18,7 @@ from dpo_train.errors import DpoError, StoreError
 from dpo_train.evaluate import judge as judging
 from dpo_train.identity import identity
 from dpo_train.metrics_file import METRICS_FILE
+from dpo_train.stages.measure_trial import asks_judge
 
 STAGE = "trial"
 RESULT_FILE = "result.json"
@@ -27,29 +28,33 @@ Judge = Mapping[str, Any] | None
 """Identity of a judge; None: none was asked."""
 
 
-def judges_of(config: RunConfig) -> tuple[Judge, ...]:
-    """The judge that the sweep asks of its finished trials; then what would do as well: that a judge was asked changes
-    nothing about accuracy and KL."""
-    judge, is_asked = config.evaluate.judge, config.sweep.select.metric != "accuracy"
+def judge_of(config: RunConfig) -> Judge:
+    """The config's judge, whether or not the sweep asks it.
+
+    Raises:
+        DpoError: it is not there, and the sweep asks it.
+    """
+    judge = config.evaluate.judge
     try:
-        named = None if judge is None else dict(judging.identity(judge))
+        return None if judge is None else dict(judging.identity(judge))
     except DpoError:
-        if is_asked:
+        if asks_judge(config, at_end=True):
             raise
-        named = None  # it is for the evaluation, and may not be there yet
-    return (named,) if is_asked or named is None else (None, named)
+        return None  # it is for the evaluation, and may not be there yet
 
 
-def result_content(config: RunConfig, pause_at: int | None, judge: Judge) -> dict[str, Any]:
-    """What a result depends on besides its training. ``sweep.select`` is not among it: another rule or budget finds the
-    same results."""
-    return {
+def result_contents(config: RunConfig, pause_at: int | None, judge: Judge) -> list[dict[str, Any]]:
+    """What the sweep's own result depends on besides its training; then that of another which would do as well: that a
+    judge was asked changes nothing about accuracy and KL. ``sweep.select`` is not among it: another rule or budget
+    finds the same results. ``judge``: see ``judge_of``."""
+    content = {
         "pause_at": pause_at,
         "seed": config.seed,
         "num_prompts": config.sweep.num_prompts,
         "max_sample_tokens": config.evaluate.max_sample_tokens if config.sweep.num_prompts else None,
-        "judge": judge if pause_at is None else None,
     }
+    is_bound = judge is None or asks_judge(config, at_end=pause_at is None)
+    return [{**content, "judge": each} for each in ([judge] if is_bound else [None, judge])]
 
 
 def keep_result(store: str, content: Mapping[str, Any], training: str, result: Mapping[str, Any], curve: Path) -> None:

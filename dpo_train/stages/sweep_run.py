@@ -24,7 +24,7 @@ from dpo_train.progress import Reporter
 from dpo_train.stages.evaluate_models import WORK
 from dpo_train.stages.executor import Executor, TrialEnd
 from dpo_train.stages.sweep_halving import Rung, pause_step, ranked, rungs
-from dpo_train.stages.sweep_results import judges_of
+from dpo_train.stages.sweep_results import judge_of
 from dpo_train.stages.sweep_space import Parameters, fixed_settings, name_of, optuna_settings, with_parameters
 from dpo_train.stages.sweep_standing import Standing, over_budget, to_keep
 from dpo_train.stages.sweep_trials import (
@@ -58,7 +58,7 @@ class SweepRun:
         self._num_pairs = Split(scored, "train").num_pairs
         groups = Split(scored, "validation").table(["group"])["group"].to_pylist()
         self._group_sizes: Ints = np.bincount(number_groups(groups))
-        self._judges = judges_of(config)
+        self._judge = judge_of(config)
         self._standings: list[Standing] = []
         self._total_steps = 0
 
@@ -192,7 +192,7 @@ class SweepRun:
             sweep=self._out.home,
             home=self._apart(one) if apart else one.home,
             digest=storage.name_of(one.home),
-            judges=self._judges,
+            judge=self._judge,
             pause_at=pause_at,
             reporter=TrialReporter(
                 self._reporter.path,

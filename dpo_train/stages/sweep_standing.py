@@ -10,6 +10,7 @@ from dpo_train.config import RunConfig, SelectConfig
 from dpo_train.errors import RunError
 from dpo_train.evaluate.statistics import Ints
 from dpo_train.evaluate.trials import (
+    NUMBERS,
     Point,
     Trial,
     estimate_from_dict,
@@ -18,7 +19,6 @@ from dpo_train.evaluate.trials import (
     select,
     trial_from_dict,
 )
-from dpo_train.findings import Estimate
 from dpo_train.stages.measure_trial import accuracy_of
 from dpo_train.stages.sweep_space import Parameters, name_of
 
@@ -40,8 +40,6 @@ class Standing:
     metrics: Mapping[str, float] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     """Of the rungs that it has come to."""
-    length_ratio: Estimate | None = None
-    """At the last of them."""
     trial: Trial | None = None
     """Set when it has come to an end, whichever."""
     seconds: float = 0.0
@@ -63,9 +61,8 @@ class Standing:
         """It stands at a rung. ``sizes_G``: pairs of each validation group."""
         self._count(result)
         accuracy = accuracy_of(self.metrics["validation/rewards/accuracy"], sizes_G)
-        point = Point(step=result["step"], accuracy=accuracy, kl=estimate_from_dict(result["kl"]))
-        self.points = _joined(self.points, [point])
-        self.length_ratio = estimate_from_dict(result["length_ratio"])
+        sampled = {name: estimate_from_dict(found) for name, found in result["sampled"].items()}
+        self.points = _joined(self.points, [Point(step=result["step"], accuracy=accuracy, **sampled)])
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """It has come to its own end. The result may be another sweep's, which called the trial by another name."""
@@ -80,10 +77,7 @@ class Standing:
 
     def stop(self, reason: str) -> None:
         """It does not go on from its last rung, whose numbers are then its own."""
-        last = self.points[-1]
-        self.trial = replace(
-            self._at_rung(), stopped=reason, accuracy=last.accuracy, kl=last.kl, length_ratio=self.length_ratio
-        )
+        self.trial = replace(self._at_rung(), stopped=reason, **_numbers(self.points[-1]))
 
     def _count(self, result: Mapping[str, Any]) -> None:
         self.metrics = result["metrics"]
@@ -96,10 +90,7 @@ class Standing:
 
 def over_budget(seeds: Sequence[Standing], config: SelectConfig) -> str:
     """By how much a setting is over the budgets where its seeds stand, in words; "" if it is not."""
-    measured = [
-        one.trial or Trial(name="", parameters={}, seed=0, kl=one.points[-1].kl, length_ratio=one.length_ratio)
-        for one in seeds
-    ]
+    measured = [one.trial or Trial(name="", parameters={}, seed=0, **_numbers(one.points[-1])) for one in seeds]
     kl = pool_estimates([each.kl for each in measured])
     ratio = pool_estimates([each.length_ratio for each in measured])
     return excess(replace(measured[0], kl=kl, length_ratio=ratio), config)
@@ -118,9 +109,14 @@ def to_keep(standings: Sequence[Standing], config: SelectConfig) -> set[str]:
 
 
 def _joined(before: Sequence[Point], after: Iterable[Point]) -> list[Point]:
-    """Each step once; what was measured twice as it was measured last, with a KL that only the first has."""
+    """Each step once; what was measured twice as it was measured last, with the numbers that only the first has."""
     found = {point.step: point for point in before}
     for point in after:
-        known = found.get(point.step)
-        found[point.step] = replace(point, kl=known.kl) if known is not None and point.kl is None else point
+        known = _numbers(found.get(point.step, point))
+        measured = {name: estimate for name, estimate in _numbers(point).items() if estimate is not None}
+        found[point.step] = replace(point, **{**known, **measured})
     return [found[step] for step in sorted(found)]
+
+
+def _numbers(point: Point) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in NUMBERS}

@@ -31,9 +31,9 @@ from dpo_train.progress import Reporter
 from dpo_train.stages.common import storage_options
 from dpo_train.stages.evaluate_models import WORK
 from dpo_train.stages.executor import Executor, TrialEnd
-from dpo_train.stages.measure_trial import measure_trial, sample_paused
+from dpo_train.stages.measure_trial import Sampled, measure_trial, sample_paused
 from dpo_train.stages.sweep_paused import paused_policy
-from dpo_train.stages.sweep_results import Judge, find_result, keep_result, result_content
+from dpo_train.stages.sweep_results import Judge, find_result, keep_result, result_contents
 from dpo_train.stages.sweep_space import Parameters
 from dpo_train.stages.train import Paused, train
 
@@ -98,8 +98,8 @@ class TrialTask:
     """The training's."""
     digest: str
     """Names the training, wherever its output lies."""
-    judges: tuple[Judge, ...]
-    """See ``judges_of``."""
+    judge: Judge
+    """See ``judge_of``."""
     pause_at: int | None
     reporter: TrialReporter
 
@@ -118,7 +118,7 @@ class TrialTask:
         """How it ended, if that was found out before, by this sweep or another."""
         if (end := kept(out, self.failure_file)) is not None:
             return TrialEnd(**end)
-        contents = [result_content(self.config, self.pause_at, judge) for judge in self.judges]
+        contents = result_contents(self.config, self.pause_at, self.judge)
         result = find_result(self.config.store, contents, self.digest, out.path / self.folder / METRICS_FILE)
         return None if result is None else TrialEnd(result=result)
 
@@ -127,7 +127,7 @@ class TrialTask:
 
         Returns:
             ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished, else
-            ``kl`` and ``length_ratio``; ``seconds`` that this call took.
+            ``sampled``, what its answers show there; ``seconds`` that this call took.
         """
         start = time.perf_counter()
         storage.use(storage_options(self.config))
@@ -136,8 +136,9 @@ class TrialTask:
         try:
             policy = self.train(executor)
         except Paused as paused:
+            sampled = self._sampled(paused.step, executor, out).numbers
             result: dict[str, Any] = {"step": paused.step, "metrics": dict(paused.metrics)}
-            result |= self._sampled(paused.step, executor, out)
+            result["sampled"] = {name: estimate and asdict(estimate) for name, estimate in sampled.items()}
         else:
             trial = measure_trial(
                 self.config, self.scored, policy, name=self.name, parameters=self.parameters, seed=self.seed,
@@ -161,10 +162,10 @@ class TrialTask:
             self.training, self.scored, executor, output=self.home, reporter=self.reporter, pause_at=self.pause_at
         )
 
-    def _sampled(self, step: int, executor: Executor, out: Output) -> dict[str, Any]:
-        """KL and length ratio of the policy as it stands."""
+    def _sampled(self, step: int, executor: Executor, out: Output) -> Sampled:
+        """What the answers of the policy as it stands show."""
         if not self.config.sweep.num_prompts:
-            return {"kl": None, "length_ratio": None}
+            return Sampled()
         folder, name = storage.join(out.home, WORK, "paused"), f"{self.name}@{step:08d}"
         policy = paused_policy(
             self.training, self.scored, executor, home=self.home, step=step, target=storage.join(folder, name),
@@ -172,15 +173,14 @@ class TrialTask:
         )  # fmt: skip
         found = sample_paused(self.config, self.scored, policy, executor=executor, out=out, reporter=self.reporter)
         discard(folder, name, tell=self.reporter.message)
-        estimates = {"kl": found and found.kl, "length_ratio": found and found.length_ratio}
-        return {name: estimate and asdict(estimate) for name, estimate in estimates.items()}
+        return found
 
     def _keep(self, out: Output, result: Mapping[str, Any]) -> None:
         """At once: were the launching process to die now, nothing would be measured twice."""
         if result.get("trial", {}).get("failure") is not None:
             keep(out, self.failure_file, {"result": result, "failure": None})
             return
-        content = result_content(self.config, self.pause_at, self.judges[0])
+        content = result_contents(self.config, self.pause_at, self.judge)[0]
         keep_result(self.config.store, content, self.digest, result, out.path / self.folder / METRICS_FILE)
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from dpo_train.config import SelectConfig
 from dpo_train.evaluate.frontier import FRONTIER_HTML, FRONTIER_PNG, write_frontier
-from dpo_train.evaluate.frontier_picture import KL, limits, picture
+from dpo_train.evaluate.frontier_picture import KL, METRICS, limits, picture
+from dpo_train.evaluate.report_rows import number
 from dpo_train.evaluate.trials import TRIALS_FILE, Point, Trial, from_dict, select
 from tests.unit.evaluate.sweeps import CONFIG, estimate, sweep, trial
 
@@ -67,7 +68,7 @@ def test_way_of_a_setting_follows_its_kl() -> None:
     (way,) = picture([trial(0.1, 70, 2.0, points=points)], None, CONFIG).ways
 
     assert (way.steps, way.is_stopped, way.has_seeds) == ((10, 40), False, False)
-    assert [(kl.value, found.value) for kl, found in zip(way.kl, way.accuracy, strict=True)] == [(1.0, 0.6), (2.0, 0.7)]
+    assert [(kl.value, found.value) for kl, found in zip(way.kl, way.metric, strict=True)] == [(1.0, 0.6), (2.0, 0.7)]
 
 
 def test_ways_of_seeds_are_one_with_a_band_and_stopped_ones_end_without_a_mark() -> None:
@@ -78,8 +79,8 @@ def test_ways_of_seeds_are_one_with_a_band_and_stopped_ones_end_without_a_mark()
 
     seeds = ways["beta=0.1"]
     assert seeds.has_seeds
-    assert (seeds.kl[0].value, seeds.accuracy[0].value) == (pytest.approx(0.4 * 3.15), pytest.approx(0.624))
-    assert seeds.accuracy[0].high - seeds.accuracy[0].low > 0.12
+    assert (seeds.kl[0].value, seeds.metric[0].value) == (pytest.approx(0.4 * 3.15), pytest.approx(0.624))
+    assert seeds.metric[0].high - seeds.metric[0].low > 0.12
     assert [name for name, way in ways.items() if way.is_stopped] == ["beta=0.2"]
     assert "beta=0.005" not in ways
     assert min(kl.value for kl in drawn.all_x) == pytest.approx(0.4 * 0.05)
@@ -92,6 +93,33 @@ def test_one_rung_is_a_way_of_what_was_stopped_there_alone() -> None:
 
     assert [way.name for way in picture(trials, None, CONFIG).ways] == ["beta=0.5"]
     assert picture(trials, None, SelectConfig(metric="reward")).ways == ()
+
+
+@pytest.mark.parametrize(("metric", "values"), [("reward", [-1.5, -0.5]), ("win_rate", [0.5, 0.7])])
+def test_ways_and_their_words_are_of_the_metric_that_selects(metric: str, values: list[float], tmp_path: Path) -> None:
+    """Reward against KL by step, or win rate, through the steps at which the judge was asked: not the second one."""
+    config = SelectConfig(metric=metric)  # type: ignore[arg-type] # one of the three
+    found = {"accuracy": estimate(0.6), "kl": estimate(1.0)}
+    points = (
+        Point(step=10, **found, reward=estimate(-1.5), win_rate=estimate(0.5)),
+        Point(step=20, **found),
+        Point(step=40, accuracy=estimate(0.7), kl=estimate(2.0), reward=estimate(-0.5), win_rate=estimate(0.7)),
+    )
+    of_end = {"reward": estimate(-0.5), "win_rate": estimate(0.7)}
+    one = trial(0.1, 70, 2.0, points=points, **of_end)
+    one = replace(one, deviations=dict.fromkeys(("accuracy", *of_end), one.deviations["accuracy"]))
+
+    drawn = picture([one], None, config)
+
+    (way,) = drawn.ways
+    assert [(step, kl.value) for step, kl in zip(way.steps, way.kl, strict=True)] == [(10, 1.0), (40, 2.0)]
+    assert [value.value for value in way.metric] == values
+    assert [mark.y.value for mark in drawn.marks] == values[1:]
+    label = METRICS[metric]
+    page = written([one], tmp_path, config)
+    for step, kl, value in zip((10, 40), ("1.000", "2.000"), values, strict=True):
+        assert f"step {step}: {label} {number(value)}, KL {kl}" in page
+        assert re.search(rf"step {step}</span>\s+{label} {number(value)}, KL {kl}</li>", page)
 
 
 def test_without_kl_settings_stand_side_by_side() -> None:

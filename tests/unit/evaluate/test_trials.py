@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dpo_train.config import SelectConfig
 from dpo_train.errors import RunError, StoreError
 from dpo_train.evaluate.trials import (
+    NUMBERS,
     Point,
     Trial,
     from_dict,
@@ -213,9 +214,8 @@ def test_pooled_interval_joins_the_pairs_and_the_seeds() -> None:
 
 def test_trials_json_gives_back_what_was_written() -> None:
     """Through text, estimates, points and deviations and all."""
-    whole = trial(
-        "110", seed=1, steps=40, kl=estimate(3.2), points=(Point(step=20, accuracy=estimate(0.5)), Point(step=40))
-    )
+    points = (Point(step=20, **{name: estimate(0.1 * place) for place, name in enumerate(NUMBERS)}), Point(step=40))
+    whole = trial("110", seed=1, steps=40, kl=estimate(3.2), points=points)
     trials = (whole, failed(0.01))
     choice = select(trials, ACCURACY)
 

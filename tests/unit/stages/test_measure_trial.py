@@ -17,7 +17,7 @@ from dpo_train.config import FunctionJudge, RunConfig, SelectConfig
 from dpo_train.data.shards import Split, list_sums
 from dpo_train.errors import ConfigError
 from dpo_train.evaluate.statistics import wilson
-from dpo_train.evaluate.trials import Trial
+from dpo_train.evaluate.trials import NUMBERS, Point, Trial
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.progress import Reporter
 from dpo_train.stages import prepare, score_reference, train
@@ -109,7 +109,7 @@ def test_points_follow_the_training_to_its_end(made: Made, tmp_path: Path) -> No
     assert trial.points[0].accuracy is not None
     assert trial.points[0].accuracy.value == pytest.approx(first["validation/rewards/accuracy"])
     assert trial.points[0].kl is None
-    assert (trial.points[1].accuracy, trial.points[1].kl) == (trial.accuracy, trial.kl)
+    assert trial.points[1] == Point(step=20, **{name: getattr(trial, name) for name in NUMBERS})
 
 
 def test_kl_is_the_mean_log_ratio_of_the_policys_own_answers(made: Made, tmp_path: Path) -> None:

@@ -47,18 +47,19 @@ def estimate(value: float) -> Estimate:
 
 
 def paused(step: int, accuracy: float, kl: float | None) -> dict[str, Any]:
+    """Its reward is 0.1 more than the KL."""
     found = None if kl is None else asdict(estimate(kl))
+    reward = None if kl is None else asdict(estimate(kl + 0.1))
     return {
         "step": step,
         "metrics": {"validation/rewards/accuracy": accuracy},
-        "kl": found,
-        "length_ratio": found,
+        "sampled": {"kl": found, "length_ratio": found, "reward": reward, "win_rate": None},
         "seconds": 1.5,
     }
 
 
-def test_a_step_stands_once_with_its_kl_whoever_measured_it_last(config: RunConfig) -> None:
-    """Two rungs at step 1 of a short training; the training itself measured step 4 as well, without a KL."""
+def test_a_step_stands_once_with_all_numbers_whoever_measured_it_last(config: RunConfig) -> None:
+    """Two rungs at step 1 of a short training; the training itself measured step 4 as well, its accuracy alone."""
     one = standing(config, 0.1)
     for step, accuracy, kl in ((1, 0.5, 0.1), (1, 0.5, 0.1), (4, 0.75, 2.0)):
         one.pause(paused(step, accuracy, kl), SIZES)
@@ -73,8 +74,9 @@ def test_a_step_stands_once_with_its_kl_whoever_measured_it_last(config: RunConf
     assert one.trial is not None
     assert one.seconds == 3 * 1.5 + 2.0
     assert (one.trial.name, one.trial.parameters, one.trial.seed) == ("beta=0.1,seed=0", {"beta": 0.1}, 0)
-    known = [(p.step, p.accuracy and p.accuracy.value, p.kl and p.kl.value) for p in one.trial.points]
-    assert known == [(1, 0.5, 0.1), (4, 0.8, 2.0), (8, None, 3.0)]
+    names = ("accuracy", "kl", "length_ratio", "reward")
+    known = [(p.step, *(e and e.value for e in (getattr(p, name) for name in names))) for p in one.trial.points]
+    assert known == [(1, 0.5, 0.1, 0.1, 0.2), (4, 0.8, 2.0, 2.0, 2.1), (8, None, 3.0, None, None)]
 
 
 def test_a_stopped_trial_has_the_numbers_of_its_last_rung_and_a_failed_one_none(config: RunConfig) -> None:
@@ -89,6 +91,7 @@ def test_a_stopped_trial_has_the_numbers_of_its_last_rung_and_a_failed_one_none(
     assert failed.trial is not None
     assert (stopped.trial.steps, stopped.trial.kl, stopped.trial.length_ratio) == (4, estimate(2.0), estimate(2.0))
     assert stopped.trial.accuracy == stopped.points[-1].accuracy
+    assert (stopped.trial.reward, stopped.trial.win_rate) == (estimate(2.1), None)
     assert (failed.trial.steps, failed.trial.kl, failed.trial.accuracy) == (4, None, None)
     assert stopped.is_lost
     assert failed.is_lost

@@ -28,6 +28,10 @@ def with_train(config: RunConfig, **changes: Any) -> RunConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
+def with_evaluate(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, evaluate=replace(config.evaluate, **changes))
+
+
 def elsewhere(config: RunConfig) -> RunConfig:
     """The same with another, empty store."""
     return replace(config, store=f"{config.store}-2")
