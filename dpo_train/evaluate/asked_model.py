@@ -30,6 +30,7 @@ class AskedModel:
         batch: most answers that are sampled side by side.
         end_ids: more tokens that end an answer (``AnswerPrompts``).
         scores_answers: whether the model tells the log-prob of each answer it gives, summed over its tokens.
+        continues: see ``AnswerPrompts``.
         most: the largest of a number on all ranks, of a model that they hold together.
     """
 
@@ -44,11 +45,19 @@ class AskedModel:
         batch: int,
         end_ids: Sequence[int],
         scores_answers: bool,
+        continues: bool,
         most: Callable[[float], float],
     ) -> None:
         self._score = ScoreTable(policy, row_tokens, most=most)
         self._answer = AnswerPrompts(
-            policy, tokenizer, max_tokens=max_tokens, seed=seed, batch=batch, end_ids=end_ids, most=most
+            policy,
+            tokenizer,
+            max_tokens=max_tokens,
+            seed=seed,
+            batch=batch,
+            end_ids=end_ids,
+            continues=continues,
+            most=most,
         )
         self._scores_answers = scores_answers
 

@@ -39,6 +39,8 @@ class AnswerPrompts:
         seed: of all answers.
         batch: most answers that are sampled side by side.
         end_ids: tokens that end an answer, besides the tokenizer's and those of the model's generation config.
+        continues: whether an answer goes on from its prompt's text (``prepare.template=plain``): then the white space
+            that it begins with is part of it. An answer that is a turn of its own is shown without.
         most: see ``score_pairs``.
     """
 
@@ -51,10 +53,11 @@ class AnswerPrompts:
         seed: int,
         batch: int,
         end_ids: Sequence[int] = (),
+        continues: bool = False,
         most: Callable[[float], float] = float,
     ) -> None:
         self._policy, self._tokenizer, self._most = policy, tokenizer, most
-        self._max_tokens, self._seed, self._batch = max_tokens, seed, batch
+        self._max_tokens, self._seed, self._batch, self._continues = max_tokens, seed, batch, continues
         self._positions: int | None = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
         own = policy.model.generation_config.eos_token_id
         self._end_ids = sorted(
@@ -73,7 +76,8 @@ class AnswerPrompts:
             # Ranks that hold the model together all go on until the last of them is done.
             max_tokens = -int(self._most(-room))
             ids = self._sample([rows[place] for place in places], max_tokens)
-            found |= dict(zip(places, map(self._answer, ids), strict=True))
+            prompts = (rows[place]["prompt_ids"] for place in places)
+            found |= dict(zip(places, map(self._answer, ids, prompts), strict=True))
         keys = ("pair_id", "temperature", "index")
         answers = [{**{key: row[key] for key in keys}, **found[place]} for place, row in enumerate(rows)]
         return pa.Table.from_pylist(answers, schema=ANSWERS_SCHEMA)
@@ -125,12 +129,21 @@ class AnswerPrompts:
         ends = set(self._end_ids)
         return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
-    def _answer(self, ids: list[int]) -> dict[str, Any]:
+    def _answer(self, ids: list[int], prompt_ids: Sequence[int]) -> dict[str, Any]:
         truncated = ids[-1] not in self._end_ids
         # The vocabulary matrix may have more rows than the tokenizer has tokens.
         text_ids = [token for token in (ids if truncated else ids[:-1]) if token in self._known]
-        text = str(self._tokenizer.decode(text_ids, skip_special_tokens=True)).strip()
+        text = self._behind(prompt_ids[-1], text_ids) if self._continues else self._text(text_ids).strip()
         return {"answer_ids": ids, "answer": text, "truncated": truncated}
+
+    def _behind(self, last: int, ids: list[int]) -> str:
+        """The text as it stands behind the prompt's last token: by themselves some tokenizers drop its first blank."""
+        before = self._text([last])
+        both = self._text([last, *ids])
+        return both[len(before) :] if both.startswith(before) else self._text(ids)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @contextmanager

@@ -180,6 +180,7 @@ def _build(config: RunConfig, asked: Asked, ranks: Ranks | None) -> TableFunctio
         batch=config.evaluate.sample_batch,
         end_ids=asked.end_ids,
         scores_answers=asked.name == "policy",
+        continues=config.prepare.template == "plain",
         most=most(ranks),
     )
 

@@ -216,6 +216,31 @@ def test_tokens_that_the_tokenizer_does_not_know_are_left_out_of_the_text(tmp_pa
         assert row["answer"] == TOKENIZER.decode(kept, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_an_answer_that_continues_its_prompt_keeps_its_blank(llama: Policy, sentencepiece: bool) -> None:
+    """Behind the prompt it is the text of both; a SentencePiece tokenizer drops the first blank of what it decodes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    blank = "\u2581" if sentencepiece else "\u0120"
+    words = {"<unk>": 0, "<end>": 1, **{f"{blank}w{number}": number for number in range(2, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace() if sentencepiece else decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    table = varied((1.0,))
+    rows = AnswerPrompts(llama, tokenizer, max_tokens=6, seed=3, batch=8, continues=True)(table).to_pylist()
+    turns = AnswerPrompts(llama, tokenizer, max_tokens=6, seed=3, batch=8)(table).to_pylist()
+
+    for prompt, row, turn in zip(table["prompt_ids"].to_pylist(), rows, turns, strict=True):
+        whole = tokenizer.decode([*prompt, *row["answer_ids"]], skip_special_tokens=True)
+        assert tokenizer.decode(prompt, skip_special_tokens=True) + row["answer"] == whole
+        assert row["answer"].startswith(" w")
+        assert (row["answer"].strip(), row["answer_ids"]) == (turn["answer"], turn["answer_ids"])
+
+
 def test_answers_end_where_the_model_has_no_more_positions(policies: dict[str, Policy]) -> None:
     """GPT-2 with 64: a prompt of 60 leaves five tokens, the last of which needs no position; its neighbour has all."""
     random = np.random.Generator(np.random.PCG64(2))
