@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_train.config import FitConfig, RunConfig
+from dpo_train.config import FitConfig, LoraConfig, RunConfig, TrainConfig
+from dpo_train.errors import ModelError
 from dpo_train.model.outline import cut_config
 from dpo_train.planning.gpus import Device
 from dpo_train.planning.rows import FullRow, fullest_row, prompts_row
-from dpo_train.planning.sizes import Sizes, Stored, Weight, adapters_of, sizes_of
+from dpo_train.planning.sizes import Sizes, Stored, Weight, adapters_of, placed_adapters, sizes_of
 from dpo_train.planning.trace import PHASES, Peak, Way, trace
 from dpo_train.planning.workload import Workload
 
@@ -71,15 +72,35 @@ class Outline:
     config: Any
     trust: bool = False
     _traces: dict[Any, dict[str, Peak]] = field(default_factory=dict)
+    _adapters: dict[str, tuple[Weight, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        return self.cut(1, ())
+        return sizes_of(self.config, trust_remote_code=self.trust)
 
     def cut(self, tensor_parallel: int, frozen: Iterable[str]) -> Sizes:
-        """What one rank of a tensor group has of each layer's matrices."""
+        """What one rank of a tensor group has of each layer's matrices.
+
+        Raises:
+            ModelError: they cannot be cut so.
+        """
+        if tensor_parallel > 1 and self.sizes.num_experts:
+            raise ModelError(
+                "A mixture of experts is not trained with tensor parallelism",
+                got=f"compute.tensor_parallel={tensor_parallel}",
+                fix="set compute.tensor_parallel=1",
+            )
         config = cut_config(self.config, tensor_parallel=tensor_parallel)
         return sizes_of(config, frozen=frozen, trust_remote_code=self.trust)
+
+    def adapters(self, lora: LoraConfig) -> tuple[Weight, ...]:
+        """Those that a training begins with."""
+        if not self.sizes.num_experts:
+            return adapters_of(self.sizes, lora)
+        key = repr(lora)
+        if key not in self._adapters:
+            self._adapters[key] = placed_adapters(self.config, lora, trust_remote_code=self.trust)
+        return self._adapters[key]
 
     def peaks(self, way: Way, row: FullRow, tensor_parallel: int) -> dict[str, Peak]:
         """The phases of a row; each is traced once."""
@@ -87,7 +108,8 @@ class Outline:
         if key not in self._traces:
             config = cut_config(self.config, tensor_parallel=tensor_parallel)
             lengths = [list(each) for each in row.lengths]
-            self._traces[key] = trace(config, way, row.build(), lengths, trust=self.trust)
+            unlike = self.sizes.num_unlike
+            self._traces[key] = trace(config, way, row.build(), lengths, num_unlike=unlike, trust=self.trust)
         return self._traces[key]
 
 
@@ -106,7 +128,7 @@ def train_memory(
     accumulates = row.per_step > 1
     way = Way(
         lora=fit.lora, checkpointing=checkpointing, on_gpu=device.is_gpu, trains=True, full_weights=fit.lora is None,
-        accumulates=accumulates and not plan.sharded,
+        accumulates=accumulates and not plan.sharded, with_router=is_balanced(fit, plan.sizes),
     )  # fmt: skip
     ways = [way]
     if compiled and checkpointing == "off":
@@ -171,7 +193,7 @@ class _Shares:
     cache_bytes: float
     """Keys and values of a token, in all layers."""
     root: float
-    """Whole: what is gathered once for a row, that is all but the layers."""
+    """Whole, as it is gathered once for a row: all but the layers."""
     layer: float
     """Whole: the largest layer."""
     root_trained: float
@@ -193,13 +215,13 @@ class _Shares:
         num_cut = ranks // parallel if sharded else 1
         stored: Stored = "fp32" if full or not device.is_gpu else "bf16"
         base: Stored = "nf4" if config.model.quantization else stored
-        adapters = () if fit.lora is None else adapters_of(sizes, fit.lora)
+        adapters = () if fit.lora is None else outline.adapters(fit.lora)
         trained = sizes.trained if full else adapters
         moments = {"adamw": 2, "rmsprop": 1}[fit.optimizer]
         shares = _sum(trained, num_cut, "fp32")
-        in_layers = _by_layer(sizes.weights, base)
+        in_layers = _by_layer(sizes.weights, num_cut, base)
         root, layer = in_layers.pop(None, 0.0), max(in_layers.values(), default=0.0)
-        of_layers = _by_layer(trained, "fp32")
+        of_layers = _by_layer(trained, num_cut, "fp32")
         root_trained, layer_trained = of_layers.pop(None, 0.0), max(of_layers.values(), default=0.0)
         sizes_kv = sizes.num_layers * sizes.key_value_width
         return cls(
@@ -288,6 +310,12 @@ def _saves_between(config: RunConfig, workload: Workload, fit: FitConfig) -> boo
     return fit.checkpoint_steps < steps_of(fit, workload)
 
 
+def is_balanced(fit: FitConfig, sizes: Sizes) -> bool:
+    """Whether a mixture's balancing loss is part of the training; its coefficient is the model's, if none is set."""
+    given = fit.router_aux_loss if isinstance(fit, TrainConfig) else None
+    return sizes.num_experts > 0 and (sizes.aux_loss_coef if given is None else given) > 0
+
+
 def steps_of(fit: FitConfig, workload: Workload) -> int:
     """Steps of a training."""
     steps = -(-workload.train_pairs * fit.epochs // fit.batch_pairs)
@@ -324,8 +352,9 @@ def _sum(weights: Iterable[Weight], num_ranks: int, stored: Stored) -> float:
     return sum(weight.bytes_on(num_ranks, stored) for weight in weights)
 
 
-def _by_layer(weights: Iterable[Weight], stored: Stored) -> dict[int | None, float]:
+def _by_layer(weights: Iterable[Weight], num_ranks: int, stored: Stored) -> dict[int | None, float]:
+    """As FSDP2 gathers them: every rank's share as large as the largest. Of 4 experts on 8 ranks that is twice."""
     found: dict[int | None, float] = {}
     for weight in weights:
-        found[weight.layer] = found.get(weight.layer, 0.0) + weight.bytes_on(1, stored)
+        found[weight.layer] = found.get(weight.layer, 0.0) + num_ranks * weight.bytes_on(num_ranks, stored)
     return found

@@ -11,7 +11,7 @@ from dpo_train.config.loading import to_text
 from dpo_train.errors import ConfigError, ModelError
 from dpo_train.planning.gpus import GPUS, Device
 from dpo_train.planning.memory import Outline, StageMemory, evaluate_memory, score_memory, train_memory
-from dpo_train.planning.sizes import adapters_of
+from dpo_train.planning.sizes import Sizes
 from dpo_train.planning.work import StageWork, work_of
 from dpo_train.planning.workload import Workload
 
@@ -36,6 +36,8 @@ class Plan:
     device: Device
     workload: Workload
     weights: int
+    active: int
+    """Those that a token meets: of a mixture of experts not all."""
     trained: int
     memory: tuple[StageMemory, ...]
     work: tuple[StageWork, ...]
@@ -76,7 +78,7 @@ def make_plan(
         ModelError: the model cannot be laid out from its config.
     """
     memory, sizes, train = _memory(config, outline, device, workload), outline.sizes, config.train
-    trained = sizes.trained if train.lora is None else adapters_of(sizes, train.lora)
+    trained = sizes.trained if train.lora is None else outline.adapters(train.lora)
     pairs = workload.train_pairs * train.epochs
     if train.max_steps is not None:
         pairs = min(pairs, train.max_steps * train.batch_pairs)
@@ -85,6 +87,7 @@ def make_plan(
         device=device,
         workload=workload,
         weights=sizes.total,
+        active=sizes.active,
         trained=sum(weight.numel for weight in trained),
         memory=memory,
         work=tuple(work_of(config, sizes, device, workload, mfu)),
@@ -92,7 +95,7 @@ def make_plan(
         mfu=mfu,
         price=price,
         advice=() if does_fit else tuple(_advice(config, outline, device, workload)),
-        notes=tuple(_notes(config, device)),
+        notes=(*_notes(config, device), *_notes_on_experts(config, sizes, device)),
     )
 
 
@@ -117,6 +120,24 @@ def _notes(config: RunConfig, device: Device) -> Iterator[str]:
         yield (
             f"a pair may be longer than a row ({longest:,} tokens at most, train.row_tokens="
             f"{config.train.row_tokens:,}) and would then take more"
+        )
+
+
+def _notes_on_experts(config: RunConfig, sizes: Sizes, device: Device) -> Iterator[str]:
+    if not sizes.num_experts:
+        return
+    yield (
+        f"a mixture of experts: a token meets {sizes.active / 1e9:.3g} of {sizes.total / 1e9:.3g} billion weights; "
+        "memory holds all of them"
+    )
+    if config.model.quantization is not None:
+        yield "experts stay in bf16: NF4 replaces linear modules, and a layer's experts are one tensor"
+    if config.train.lora is None and device.is_gpu:
+        yield "experts that are trained are multiplied in fp32, which autocast does not change: it takes longer"
+    if config.compute.workers > sizes.num_experts and (config.train.lora is None or config.compute.shard == "on"):
+        yield (
+            f"FSDP2 gives each rank whole experts of a layer: more than {sizes.num_experts} workers make no share of "
+            "them smaller, and what is gathered larger"
         )
 
 
@@ -177,7 +198,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """The plan in plain types, units in the names; what is not known is null."""
     return {
         "device": {"name": plan.device.name, "memory_bytes": plan.device.memory_bytes, "tflops": plan.device.tflops},
-        "model": {"weights": plan.weights, "trained_weights": plan.trained},
+        "model": {"weights": plan.weights, "active_weights": plan.active, "trained_weights": plan.trained},
         "data": {
             "origin": plan.workload.origin,
             "train_pairs": plan.workload.train_pairs,

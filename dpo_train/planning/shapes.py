@@ -58,9 +58,31 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 128,
         },
     ),
+    "olmoe-1b-7b": (
+        "olmoe",
+        {
+            "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 1024, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "vocab_size": 50304, "num_experts": 64, "num_experts_per_tok": 8,
+        },
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "num_hidden_layers": 48, "moe_intermediate_size": 768, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "mixtral-8x7b": (
+        "mixtral",
+        {
+            "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+        },
+    ),
 }  # fmt: skip
 """Llama 3.1 and 3.2: arXiv 2407.21783, table 3, and their configs; Qwen2.5: arXiv 2412.15115, table 1; SmolLM2: its
-config."""
+config; OLMoE: arXiv 2409.02060; Qwen3: arXiv 2505.09388; Mixtral: arXiv 2401.04088, table 1."""
 
 NAMES = tuple(_SHAPES)
 

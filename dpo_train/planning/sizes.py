@@ -10,14 +10,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dpo_train.config import LoraConfig
-from dpo_train.model.adapters import modules_named
+from dpo_train.errors import ModelError
+from dpo_train.model.adapters import fresh_adapter, modules_named
 from dpo_train.model.outline import meta_model, text_config
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """4.127 bits: NF4, an 8-bit scale for 64 weights, an fp32 scale for 256 of those (arXiv 2305.14314, section 3)."""
+
+MOST_UNLIKE = 4
+"""Layers without experts that a mixture may begin with: all of them are traced."""
 
 Stored = Literal["fp32", "bf16", "nf4"]
 
@@ -62,19 +67,41 @@ class Sizes:
     """Heads x their size: what a query's scores and sums cost."""
     key_value_width: int
     """The same of keys, or values."""
-    active: float
-    """Share of the weights of a mixture's experts that a token meets; 1 without experts."""
+    num_experts: int = 0
+    """Of a layer, of which a token meets ``top_k``; 0: it is no mixture."""
+    top_k: int = 0
+    aux_loss_coef: float = 0.0
+    """Weight of the loss that keeps a mixture balanced, by the model's config."""
+    num_unlike: int = 0
+    """Layers at the beginning that are not like the last one, as a mixture's that have no experts."""
 
     @property
     def total(self) -> int:
         return sum(weight.numel for weight in self.weights)
 
     @property
+    def active(self) -> int:
+        """Weights that a token meets, the embeddings as a whole: what makers of mixtures publish."""
+        return self.total - self._unmet
+
+    @property
     def linear(self) -> int:
         """Weights that a token meets in the layers' matrices."""
-        experts = sum(w.numel for w in self.weights if _is_expert(w))
-        matrices = sum(w.numel for w in self.weights if w.layer is not None and len(w.shape) == 2)
-        return round(matrices + self.active * experts)
+        in_layers = (w for w in self.weights if w.layer is not None and not w.name.endswith("bias"))
+        return sum(w.numel for w in in_layers if len(w.shape) > 1) - self._unmet
+
+    @property
+    def met_experts(self) -> int:
+        """Weights of experts that a token meets."""
+        return self._experts * self.top_k // max(1, self.num_experts)
+
+    @property
+    def _unmet(self) -> int:
+        return self._experts - self.met_experts
+
+    @property
+    def _experts(self) -> int:
+        return sum(w.numel for w in self.weights if _is_expert(w)) if self.num_experts else 0
 
     def bytes_on(self, num_ranks: int, stored: Stored) -> float:
         """Of all weights, on the rank that holds most."""
@@ -90,7 +117,8 @@ def sizes_of(config: Any, *, frozen: Iterable[str] = (), trust_remote_code: bool
     """The sizes of a model from its config.
 
     Raises:
-        ModelError: it is no causal language model, or ``frozen`` names no module of it.
+        ModelError: it is no causal language model, or ``frozen`` names no module of it; or a mixture of experts that
+            cannot be planned.
     """
     model, text = meta_model(config, trust_remote_code=trust_remote_code), text_config(config)
     held = {id(p) for m in modules_named(model, list(frozen), "frozen").values() for p in m.parameters()}
@@ -111,8 +139,8 @@ def sizes_of(config: Any, *, frozen: Iterable[str] = (), trust_remote_code: bool
         for name, p in model.named_parameters()
     )
     heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    head_size = _key_size(text)
+    num_experts, top_k = _experts(weights, text)
     return Sizes(
         kind=str(text.model_type),
         weights=weights,
@@ -121,12 +149,31 @@ def sizes_of(config: Any, *, frozen: Iterable[str] = (), trust_remote_code: bool
         vocabulary=head.weight.shape[0],
         attention_width=heads * head_size,
         key_value_width=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
-        active=text.num_experts_per_tok / experts if experts else 1.0,
+        num_experts=num_experts,
+        top_k=top_k,
+        aux_loss_coef=(getattr(text, "router_aux_loss_coef", None) or 0.0) if num_experts else 0.0,
+        num_unlike=_num_unlike(weights) if num_experts else 0,
+    )
+
+
+def placed_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> tuple[Weight, ...]:
+    """Adapters where PEFT itself puts them, which in a mixture of experts depends on its kind.
+
+    Routers and experts have them or have none; experts as many times the rank as there are in a layer.
+    """
+    model = meta_model(config, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        fresh_adapter(model, lora, 0)
+    layers = _layer_of(model)
+    return tuple(
+        Weight(name=name, shape=tuple(p.shape), layer=layers.get(id(p)), is_linear=False, is_multiplied=True)
+        for name, p in model.named_parameters()
+        if "lora_" in name
     )
 
 
 def adapters_of(sizes: Sizes, lora: LoraConfig) -> tuple[Weight, ...]:
-    """Both factors of every adapter: rank x inputs and outputs x rank."""
+    """Both factors of every adapter of a model without experts: rank x inputs and outputs x rank."""
     found = []
     for weight in sizes.weights:
         module = weight.name.rpartition(".")[0]
@@ -146,7 +193,67 @@ def adapters_of(sizes: Sizes, lora: LoraConfig) -> tuple[Weight, ...]:
 
 
 def _is_expert(weight: Weight) -> bool:
-    return weight.layer is not None and len(weight.shape) == 3
+    """Experts of a layer are one tensor."""
+    return weight.layer is not None and len(weight.shape) == 3 and ".experts." in weight.name
+
+
+def _experts(weights: Iterable[Weight], text: Any) -> tuple[int, int]:
+    """How many a layer has, and how many of them a token meets; 0 without.
+
+    Raises:
+        ModelError: neither weights nor config say it; or its values have another size than its keys.
+    """
+    num_experts = max((w.shape[0] for w in weights if _is_expert(w)), default=0)
+    if not num_experts:
+        if (getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0) > 1:
+            raise ModelError(
+                f"A mixture of the kind {text.model_type} cannot be planned: where its experts are is not known here",
+                expected="a layer's experts stacked in tensors named `experts`",
+            )
+        return 0, 0
+    keys, values = _key_size(text), getattr(text, "v_head_dim", None) or _key_size(text)
+    if keys != values:
+        raise ModelError(
+            f"A mixture of the kind {text.model_type} cannot be planned: this engine's attention takes values as wide "
+            "as keys",
+            got=f"keys of {keys}, values of {values}",
+        )
+    top_k = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_k", None)
+    if not top_k:
+        raise ModelError(
+            f"A mixture of the kind {text.model_type} cannot be planned: its config does not say how many experts a "
+            "token meets",
+            expected="num_experts_per_tok",
+        )
+    return num_experts, int(top_k)
+
+
+def _key_size(text: Any) -> int:
+    """Of a head; DeepSeek's keys have two parts, and its ``head_dim`` is one of them."""
+    parts: list[int] = [getattr(text, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope")]
+    if all(parts):
+        return sum(parts)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _num_unlike(weights: Iterable[Weight]) -> int:
+    """Layers before all that are alike.
+
+    Raises:
+        ModelError: layers of several kinds take turns, so that no traced ones stand for the others.
+    """
+    of_layers: dict[int, list[tuple[int, ...]]] = {}
+    for weight in weights:
+        if weight.layer is not None:
+            of_layers.setdefault(weight.layer, []).append(weight.shape)
+    last = max(of_layers)
+    first = next(n for n in sorted(of_layers) if all(of_layers[m] == of_layers[last] for m in range(n, last + 1)))
+    if first > MOST_UNLIKE:
+        raise ModelError(
+            "A mixture whose layers with and without experts take turns cannot be planned",
+            got=f"layer {first} of {last + 1} is the first from which on all are alike",
+        )
+    return first
 
 
 def _layer_of(model: Any) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """What a row takes while it is computed: the engine's own forward and backward over tensors without numbers, counted.
 
 Every operation's new storage counts from when it is made to when nothing refers to it any more, which is when torch's
-allocator gets it back. Two and three layers are traced; what a layer adds is the difference, and the rest follows.
+allocator gets it back. Two and three layers are traced (more, where the first ones are of another kind); what a layer
+adds is the difference, and the rest follows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_train.config import LoraConfig
+from dpo_train.core.router import aux_loss
 from dpo_train.errors import ModelError, first_line
 from dpo_train.model.outline import cut_config, fake_policy
 from dpo_train.model.rows import Row
@@ -36,8 +38,8 @@ PHASES = ("forward", "head", "last layer", "first layer")
 
 In between, from layer to layer, activations are given back and gradients come: as many bytes each time."""
 
-_FEW, _MORE = 2, 3
-"""Layers that are traced. The first is not like the others: what is frozen below it wants no gradient."""
+_FEW = 2
+"""Layers that are traced, and one more. The first is not like the others: what is frozen below it wants no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Way:
     """Weights are fp32 although this row trains none of them: what is, or was, trained as a whole."""
     accumulates: bool = False
     """Gradients of a row before this one are there and are added to."""
+    with_router: bool = False
+    """The auxiliary loss of a mixture of experts is part of the row's."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,20 @@ class Peak:
         return {kind: self.base[kind] + num_layers * self.slope[kind] for kind in KINDS}
 
 
-def trace(config: Any, way: Way, row: Row, lengths: list[list[int]], *, trust: bool = False) -> dict[str, Peak]:
+def trace(
+    config: Any, way: Way, row: Row, lengths: list[list[int]], *, num_unlike: int = 0, trust: bool = False
+) -> dict[str, Peak]:
     """The peak of each phase, without the weights, the gradients that were there before, and the optimiser.
+
+    Args:
+        num_unlike: layers at the beginning that do not stand for the others.
 
     Raises:
         ModelError: the model's forward cannot be followed without numbers.
     """
     found = []
-    for num_layers in (_FEW, _MORE):
+    num_few = max(_FEW, num_unlike + 1)
+    for num_layers in (num_few, num_few + 1):
         try:
             found.append(_trace(cut_config(config, num_layers=num_layers), way, row, lengths, trust=trust))
         except ModelError:
@@ -88,7 +98,7 @@ def trace(config: Any, way: Way, row: Row, lengths: list[list[int]], *, trust: b
     peaks = {}
     for phase in few:
         slope = Counter({kind: more[phase][kind] - few[phase][kind] for kind in KINDS})
-        peaks[phase] = Peak(Counter({kind: few[phase][kind] - _FEW * slope[kind] for kind in KINDS}), slope)
+        peaks[phase] = Peak(Counter({kind: few[phase][kind] - num_few * slope[kind] for kind in KINDS}), slope)
     return peaks
 
 
@@ -110,17 +120,38 @@ def _trace(config: Any, way: Way, row: Row, lengths: list[list[int]], *, trust: 
         with contextlib.ExitStack() as stack:
             if way.on_gpu:  # a CPU's autocast casts what a GPU's does, as far as a decoder goes
                 stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False))
+            stack.enter_context(_GroupedProducts())
             stack.enter_context(live)
             if not way.trains:
                 stack.enter_context(torch.no_grad())
             marks.begin("forward")
-            loss = row_logps(policy, row).token_logps_A.sum()
+            found = row_logps(policy, row, with_router=way.with_router)
+            loss = found.token_logps_A.sum()
+            if found.router is not None:
+                loss = loss + aux_loss(*found.router)
+        del found
         if way.trains:
-            with live:
+            with _GroupedProducts(), live:
                 marks.after_forward()
                 marks.begin("head")
                 torch.autograd.backward(loss)
         return marks.end()
+
+
+class _GroupedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The product of a mixture's experts, of tensors without numbers; torch knows its shapes for bf16 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        left, right, ends = args[:3]
+        shape = [*left.shape[:-1], right.shape[-1]]
+        if left.ndim == right.ndim == 2:  # the gradient of the experts' weights, one matrix each
+            shape = [len(ends), *shape]
+        return left.new_empty(shape)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -194,7 +225,7 @@ class _Marks:
         live.on_change = self._look
         modules[-1].register_forward_hook(self._watch("last layer"))
         modules[-2].register_forward_hook(self._watch("between"))
-        # Of three layers the one in the middle lies between the two others' peaks.
+        # Those in the middle lie between the two others' peaks.
         modules[0].register_forward_hook(self._watch("first layer"))
 
     def begin(self, phase: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dpo_train.config import FitConfig, LogUniform, RunConfig, SftConfig
 from dpo_train.objective import is_over_batch
 from dpo_train.planning.gpus import Device
-from dpo_train.planning.memory import steps_of
+from dpo_train.planning.memory import is_balanced, steps_of
 from dpo_train.planning.sizes import Sizes
 from dpo_train.planning.workload import Workload
 
@@ -48,6 +48,8 @@ class Forward:
     layers: float
     attention: float
     head: float
+    experts: float = 0.0
+    """Of the layers' operations those in experts."""
 
     @property
     def total(self) -> float:
@@ -60,7 +62,8 @@ class Forward:
         backward makes its logits again. ``recomputed``: full activation checkpointing. ``ahead``: a loss over the
         batch, or a mixture's balance, asks for a forward without gradients first.
         """
-        layers = self.layers * (2 if lora else 3) + self.attention * 3
+        # PEFT adds an adapter's product to the experts' weights, whose gradient is then made whole.
+        layers = self.layers * (2 if lora else 3) + self.experts * lora + self.attention * 3
         head = self.head * (3 if lora else 4)
         return layers + head + recomputed * (self.layers + self.attention) + ahead * self.total
 
@@ -72,6 +75,7 @@ def forward_flops(sizes: Sizes, prompt: float, answer: float, *, answers: int = 
         layers=2.0 * sizes.linear * (prompt + answers * answer),
         attention=4.0 * sizes.num_layers * sizes.attention_width * visible,
         head=2.0 * sizes.hidden * sizes.vocabulary * answers * answer,
+        experts=2.0 * sizes.met_experts * (prompt + answers * answer),
     )
 
 
@@ -138,7 +142,7 @@ class _Speed:
         steps = min(steps_of(fit, self._workload), max_steps or steps_of(fit, self._workload))
         pairs = min(steps * fit.batch_pairs, self._workload.train_pairs * fit.epochs)
         one = self._one(fit)
-        ahead = not isinstance(fit, SftConfig) and is_over_batch(fit.loss)
+        ahead = is_balanced(fit, self._sizes) or (not isinstance(fit, SftConfig) and is_over_batch(fit.loss))
         recomputed = self._config.compute.activation_checkpointing == "full"
         flops = pairs * one.training(lora=fit.lora is not None, recomputed=recomputed, ahead=ahead)
         measured = math.ceil(steps / fit.evaluate_steps) if self._workload.validation_pairs else 0

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m tests.benchmarks.plan_memory [--cases NAME ...]
 
-Each case is a process of its own: it loads a random Llama, takes two steps of the engine (the first makes the
+Each case is a process of its own: it loads a random model, takes two steps of the engine (the first makes the
 optimiser's state) and writes a checkpoint. Measured is its anonymous resident memory at the highest, read every 5 ms by
 the parent, beyond what it was when everything was imported, and what it has read of the model's mapped file, where
 frozen weights stay. glibc keeps freed blocks of less than 32 MB for itself; --glibc measures with that, else blocks of
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_train.config import RunConfig, parse_config
-from dpo_train.model.outline import read_config
+from dpo_train.model.outline import config_of, read_config
 from dpo_train.planning.gpus import find_device
 from dpo_train.planning.memory import Outline, StageMemory, train_memory
 from dpo_train.planning.workload import Workload
@@ -32,9 +32,14 @@ SAMPLE_SECONDS = 0.005
 SHAPES: dict[str, dict[str, int]] = {
     "13m": {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 688, "vocab_size": 16384, "heads": 4},
     "44m": {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1376, "vocab_size": 32000, "heads": 8},
+    "experts": {
+        "hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 512, "vocab_size": 16384, "heads": 4,
+        "num_local_experts": 8,
+    },
     "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "vocab_size": 49152, "heads": 9},
-}
-"""The last is SmolLM2-135M's. All have the input embedding as their vocabulary matrix."""
+}  # fmt: skip
+"""The last is SmolLM2-135M's; the one with experts is a Mixtral. All have the input embedding as their vocabulary
+matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,11 @@ CASES = {
     "all weights, RMSprop": Case(shape="44m", optimizer="rmsprop", row_tokens=256, batch_pairs=1),
     "all weights, short rows": Case(shape="44m", row_tokens=256, batch_pairs=2),
     "all weights, 135M": Case(shape="135m", row_tokens=256, batch_pairs=1),
+    "experts, one row": Case(shape="experts"),
+    "experts, four rows": Case(shape="experts", row_tokens=256),
+    "experts, full": Case(shape="experts", checkpointing="full"),
+    "experts, LoRA": Case(shape="experts", lora=True),
+    "experts, LoRA, full": Case(shape="experts", lora=True, checkpointing="full"),
     "LoRA": Case(shape="13m", lora=True),
     "LoRA, selective": Case(shape="13m", lora=True, checkpointing="selective"),
     "LoRA, full": Case(shape="13m", lora=True, checkpointing="full"),
@@ -165,21 +175,22 @@ def _mapped(folder: Path) -> int:
 
 
 def write_model(folder: Path, shape: str) -> Path:
-    """A random Llama, unless it is there."""
+    """A random Llama, or Mixtral, unless it is there."""
     if not folder.is_dir():
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         torch.manual_seed(0)
         sizes = dict(SHAPES[shape])
         heads = sizes.pop("heads")
-        config = LlamaConfig(
-            **sizes, num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads // 2,
-            tie_word_embeddings=True, max_position_embeddings=8192,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+        more = {
+            "num_attention_heads": heads, "num_key_value_heads": 3 if heads == 9 else heads // 2,
+            "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        }  # fmt: skip
+        config = config_of("mixtral" if "num_local_experts" in sizes else "llama", sizes | more)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -187,7 +198,8 @@ def train(folder: Path, case: Case) -> None:
     """The child: says when everything is imported, then trains and saves."""
     import numpy as np
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.mixtral.modeling_mixtral  # noqa: F401
     from transformers.utils.logging import disable_progress_bar
 
     from dpo_train.config import ModelConfig
@@ -224,7 +236,9 @@ def train(folder: Path, case: Case) -> None:
     optimizer = build_optimizer(policy.trainable().values(), fit)
     for step in range(2):
         train_step(policy, optimizer, pairs, fit, Ranks(), step=step, learning_rate=1e-6)
-    print(_mapped(folder), flush=True)
+    # Experts are stored one by one and put together by loading; what was read of them is cache that nothing refers to.
+    copied = sum(p.nbytes for p in policy.model.parameters() if p.ndim == 3)
+    print(max(0, _mapped(folder) - copied), flush=True)
     with tempfile.TemporaryDirectory() as home:
         Checkpoints(home, {"of": "the benchmark"}, policy, optimizer, Ranks()).save(TrainingState(step=2), wait=True)
 

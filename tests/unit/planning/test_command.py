@@ -80,6 +80,18 @@ def test_the_numbers_for_machines_add_up(config_file: Path, capsys: pytest.Captu
     assert found["data"]["origin"] == "--answer-tokens, --pairs, --prompt-tokens"
 
 
+def test_a_mixture_of_experts_is_planned(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """OLMoE, 1 of 7 billion weights at work: all of them in memory, and the machine is told both numbers."""
+    found = _json(capsys, config_file, "--shape", "olmoe-1b-7b", "--gpu", "B200", "evaluate.num_prompts=0")
+
+    assert found["model"]["weights"] == found["model"]["trained_weights"] == 6_919_161_856
+    assert found["model"]["active_weights"] == 1_282_017_280
+    train = next(stage for stage in found["memory"] if stage["stage"] == "train")
+    assert train["parts_bytes"]["weights"] == 4 * 6_919_161_856
+    assert found["fits"] is True
+    assert any("memory holds all of them" in note for note in found["notes"])
+
+
 def test_an_unknown_gpu_is_the_users_mistake(config_file: Path) -> None:
     """With the names that there are."""
     with pytest.raises(ConfigError, match=r"Z9000.*H100.*--gpu-memory") as caught:

@@ -143,17 +143,26 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 8])
-def test_what_fsdp2_gathers_is_planned_within_a_tenth(world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "kind", "more"),
+    [
+        (2, "llama", {}),
+        (8, "llama", {}),
+        # Of 16 experts two a rank, then, of 4 experts and 8 ranks, one on half of the ranks.
+        (8, "mixtral", {"num_local_experts": 16, "intermediate_size": 128}),
+        (8, "mixtral", {"num_local_experts": 4, "intermediate_size": 512, "router_aux_loss_coef": 0.0}),
+    ],
+)
+def test_what_fsdp2_gathers_is_planned_within_a_tenth(world_size: int, kind: str, more: dict[str, Any]) -> None:
     """A real step over ranks of which only this one is there (what they would send is left out, its room is not).
 
     FSDP2 gives storage back by making it smaller, so what is alive is asked for its size each time.
     """
     from transformers import AutoModelForCausalLM
 
-    model_config = config_of("llama", {
+    model_config = config_of(kind, {
         "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "vocab_size": 2000, "num_hidden_layers": 6,
+        "vocab_size": 2000, "num_hidden_layers": 6, **more,
     })  # fmt: skip
     work = Workload(train_pairs=100, validation_pairs=0, heldout_pairs=0, prompt_tokens=50, answer_tokens=10,
                     longest_pair=None, longest_prompt=None, is_even=True, origin="given")  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo_train.config import LoraConfig
+from dpo_train.core.router import aux_loss
 from dpo_train.errors import ModelError
 from dpo_train.model.adapters import fresh_adapter
 from dpo_train.model.attention import install
@@ -34,7 +35,7 @@ def _config(kind: str = "llama", *, layers: int = 5, **more: Any) -> Any:
     return config_of(kind, sizes | more)
 
 
-def _real_peak(config: Any, way: Way) -> int:
+def real_peak(config: Any, way: Way) -> int:
     """The highest of the row's own bytes with real tensors, on the CPU."""
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +57,11 @@ def _real_peak(config: Any, way: Way) -> int:
     live.on_change = look
     row = ROW.build()
     with live, torch.set_grad_enabled(way.trains):
-        loss = row_logps(policy, row).token_logps_A.sum()
+        found = row_logps(policy, row, with_router=way.with_router)
+        loss = found.token_logps_A.sum()
+        if found.router is not None:
+            loss = loss + aux_loss(*found.router)
+        del found
         if way.trains:
             loss.backward()
     return highest[0]
@@ -83,7 +88,7 @@ def test_two_and_three_layers_without_numbers_tell_the_peak_of_five_with_numbers
     peaks = trace(config, way, ROW.build(), [list(each) for each in ROW.lengths])
 
     planned = max(sum(peak.at(5).values()) for peak in peaks.values())
-    assert planned == pytest.approx(_real_peak(config, way), rel=0.01)
+    assert planned == pytest.approx(real_peak(config, way), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2"])
