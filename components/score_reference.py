@@ -2,16 +2,17 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import _forms
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_forms.in_own_pod
 def score_reference(
     config: str,
     run_id: str,
     model: dsl.Input[dsl.Model],
     pairs: dsl.Input[dsl.Dataset],
     scored: dsl.Output[dsl.Dataset],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Computes the reference's log-probs once, for every beta, epoch and retry (Ray Data).
 
@@ -21,11 +22,15 @@ def score_reference(
         model: from sft.
         pairs: from prepare.
         scored: the pairs with reference log-probs.
+        task_config: what the task sets for its job; Kubeflow's own argument, and empty without a job.
     """
     from dpo_train import launch
 
-    settings = launch.parse_config(config)
+    settings = launch.with_task(launch.parse_config(config), "score_reference", task_config)
     given = {"sft": model, "prepare": pairs}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("score_reference", settings, inputs, run_id=run_id)
     launch.hand_on(artifact, scored)
+
+
+score_reference_job = _forms.as_job(score_reference)

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import _forms
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_forms.in_own_pod
 def sweep(
     config: str,
     run_id: str,
@@ -14,6 +14,7 @@ def sweep(
     choice: dsl.Output[dsl.Artifact],
     frontier: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Chooses beta, and more if asked, on validation pairs (Ray Tune); with nothing to try it hands on train's.
 
@@ -25,10 +26,11 @@ def sweep(
         choice: the trials and the chosen settings.
         frontier: what each trial gains against how far it moves from the reference.
         metrics: validation numbers of the chosen trial.
+        task_config: what the task sets for its job; Kubeflow's own argument, and empty without a job.
     """
     from dpo_train import launch
 
-    settings = launch.parse_config(config)
+    settings = launch.with_task(launch.parse_config(config), "sweep", task_config)
     given = {"sft": model, "score_reference": scored}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("sweep", settings, inputs, run_id=run_id)
@@ -36,3 +38,6 @@ def sweep(
     launch.hand_on(artifact, frontier, page="frontier.html")
     for name, value in artifact.record.metrics.items():
         metrics.log_metric(name, value)
+
+
+sweep_job = _forms.as_job(sweep)

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import _forms
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@_forms.in_own_pod
 def train(
     config: str,
     run_id: str,
@@ -13,6 +13,7 @@ def train(
     scored: dsl.Input[dsl.Dataset],
     choice: dsl.Input[dsl.Artifact],
     policy: dsl.Output[dsl.Model],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Trains the policy with the chosen beta (Ray Train).
 
@@ -23,11 +24,15 @@ def train(
         scored: from score_reference.
         choice: from sweep.
         policy: the trained weights.
+        task_config: what the task sets for its job; Kubeflow's own argument, and empty without a job.
     """
     from dpo_train import launch
 
-    settings = launch.parse_config(config)
+    settings = launch.with_task(launch.parse_config(config), "train", task_config)
     given = {"sft": model, "score_reference": scored, "sweep": choice}
     inputs = {name: launch.stored(settings, artifact.metadata["address"]) for name, artifact in given.items()}
     artifact = launch.run_stage("train", settings, inputs, run_id=run_id)
     launch.hand_on(artifact, policy)
+
+
+train_job = _forms.as_job(train)

@@ -26,7 +26,7 @@ from dpo_train.config import RunConfig, parse_config
 from dpo_train.config.evaluation import NO_CHAMPION
 from dpo_train.describe import hand_on, metadata, refusal, summary
 from dpo_train.errors import GateRefusedError, StoreError
-from dpo_train.launching import is_launched, run_elsewhere
+from dpo_train.launching import is_launched, run_elsewhere, with_task
 from dpo_train.notify import notify
 from dpo_train.preflight import check_inputs, check_store, check_tracking, use_storage
 from dpo_train.progress import ENVIRONMENT_KEY, Reporter
@@ -40,6 +40,7 @@ __all__ = [
     "check_store",
     "check_tracking",
     "close_run",
+    "executor",
     "exit_code",
     "hand_on",
     "metadata",
@@ -49,9 +50,11 @@ __all__ = [
     "resolve",
     "run",
     "run_stage",
+    "run_step",
     "stored",
     "summary",
     "use_storage",
+    "with_task",
 ]
 
 if TYPE_CHECKING:
@@ -208,16 +211,31 @@ def run_stage(
     with store_lock(local_copy(config.store), alone=False), told(reporter), _events(config, run_id) as events:
         on = with_sft_model(config, inputs["sft"]) if "sft" in inputs else config
         artifact, what_came = _tracked(stage, on, inputs, run_id, output, events, base=config.model.path)
-        Reporter(str(events), stage).event(
-            "end",
-            address=artifact.address,
-            path=artifact.home,
-            reused=artifact.reused,
-            seconds=time.perf_counter() - start,
-            summary=what_came,
-            refused=refusal(artifact),
-        )
+        _tell_end(Reporter(str(events), stage), artifact, start, what_came)
     return artifact
+
+
+def run_step(name: str, config: RunConfig, body: Callable[[Executor], Artifact]) -> Artifact:
+    """Work that makes an output and is no arrow of the flow, with its events."""
+    reporter, start = Reporter.from_environment(name), time.perf_counter()
+    reporter.event("start")
+    use_storage(config)
+    with store_lock(local_copy(config.store), alone=False), told(reporter):
+        artifact = body(executor(config))
+    _tell_end(reporter, artifact, start, summary(artifact))
+    return artifact
+
+
+def _tell_end(reporter: Reporter, artifact: Artifact, start: float, what_came: str) -> None:
+    reporter.event(
+        "end",
+        address=artifact.address,
+        path=artifact.home,
+        reused=artifact.reused,
+        seconds=time.perf_counter() - start,
+        summary=what_came,
+        refused=refusal(artifact),
+    )
 
 
 def _tracked(
@@ -261,18 +279,18 @@ def _call(
     """``base``: the model before SFT, for the model card."""
     from dpo_train import stages
 
-    executor = _executor(config)
+    on = executor(config)
     calls: dict[str, Callable[..., Artifact]] = {
-        "prepare": functools.partial(stages.prepare, config, executor),
-        "sft": lambda **more: stages.sft(config, inputs["prepare"], executor, **more),
-        "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], executor, **more),
-        "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], executor, **more),
-        "train": lambda **more: stages.train(_as_swept(config, inputs), inputs["score_reference"], executor, **more),
+        "prepare": functools.partial(stages.prepare, config, on),
+        "sft": lambda **more: stages.sft(config, inputs["prepare"], on, **more),
+        "score_reference": lambda **more: stages.score_reference(config, inputs["prepare"], on, **more),
+        "sweep": lambda **more: stages.sweep(config, inputs["score_reference"], on, **more),
+        "train": lambda **more: stages.train(_as_swept(config, inputs), inputs["score_reference"], on, **more),
         "evaluate": lambda **more: stages.evaluate(
             config,
             inputs["score_reference"],
             inputs["train"],
-            executor,
+            on,
             champion=_champion(config, tracking, inputs["train"]),
             **more,
         ),
@@ -283,7 +301,8 @@ def _call(
     return calls[stage](output=output)
 
 
-def _executor(config: RunConfig) -> Executor:
+def executor(config: RunConfig) -> Executor:
+    """Who does the heavy part, as ``compute.executor`` says."""
     if config.compute.executor == "local":
         from dpo_train.stages.executor import InProcess
 

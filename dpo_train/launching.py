@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 def is_launched(stage: str, config: RunConfig) -> bool:
     """Whether the config has this stage run elsewhere."""
     return config.cluster.launcher != "none" and stage in config.cluster.stages
+
+
+def with_task(config: RunConfig, stage: str, task_config: Any) -> RunConfig:
+    """The config with what a Kubeflow task sets for the job that it launches.
+
+    Args:
+        task_config: a ``kfp.dsl.TaskConfig``, empty in a component that works in its own pod.
+
+    Raises:
+        ConfigError: the config contradicts it, or has the stage run elsewhere than in a job of its own.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(task_config).items() if value}
+    if not settings:
+        return config
+    from dpo_train.cluster.task_settings import with_task_settings
+
+    return with_task_settings(config, stage, settings)
 
 
 def run_elsewhere(

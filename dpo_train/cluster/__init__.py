@@ -2,6 +2,7 @@
 
 job         a stage that runs elsewhere: its name, its folder in the store, what it was asked and what it answered
 rayjob      pure: a job and the config to a KubeRay RayJob
+            (task_settings: what a Kubeflow task sets for its job, into the config)
 launcher    starts a job or finds the one that runs, follows it to its end, takes it away if its caller goes
             (rayjob_state, rayjob_logs, rayjob_pods, rayjob_owner, rayjob_removal, watching, heartbeat)
 reaper      removes jobs whose caller has gone without a word, and those that ended long ago

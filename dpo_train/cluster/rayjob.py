@@ -6,7 +6,7 @@
       backoffLimit 0       who launches it decides about another attempt, see launcher.py
       activeDeadline, shutdown after the end, suspended from the start where Kueue is to admit it
 
-Pods pass the `restricted` pod security standard. Secrets come from Secrets by envFrom, and nowhere else.
+Pods pass the `restricted` pod security standard. Logins come from Secrets, by reference, and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SPEC_HASH = "dpo.dev/spec-hash"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 CACHE_PATH = "/var/cache/dpo"
+SHARED_MEMORY_PATH = "/dev/shm"  # noqa: S108
 USER = 1000
 """The image's user; files on volumes get its group."""
 
@@ -38,6 +39,7 @@ RAY_VERSION = "2.60.0"
 """Of the image. KubeRay takes a job with tokens only if it is told, and this machine may have no Ray to ask."""
 
 _SUBMITTER = PodConfig(cpus=0.5, memory="512Mi")
+_OF_THE_MOUNT = ("subPath", "readOnly")
 _CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 _POD_SECURITY = {
     "runAsNonRoot": True,
@@ -177,11 +179,14 @@ def _worker_pod(job: Job, config: RunConfig) -> dict[str, Any]:
             container["resources"][kind][workers.gpu_resource] = str(workers.gpus)
     if workers.gpu_type is not None:
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), workers.gpu_label: workers.gpu_type}
+    if workers.affinity:
+        pod["affinity"] = dict(workers.affinity)
     if workers.shared_memory is not None:
         pod["volumes"].append(
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": workers.shared_memory}}
         )
-        container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})  # noqa: S108
+        container["volumeMounts"].append({"name": "shared-memory", "mountPath": SHARED_MEMORY_PATH})
+    _require_one_volume_a_path(container["volumeMounts"])
     if workers.spot:
         # From the notice on, a training saves its state: it must not be cut off by the default of 30 seconds.
         pod["terminationGracePeriodSeconds"] = workers.grace_seconds
@@ -198,7 +203,7 @@ def _pod(
     container: dict[str, Any] = {
         "name": name,
         "image": _image(config),
-        "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
+        "env": _variables(environment, cluster.environment_from if mounts else {}),
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "securityContext": _CONTAINER_SECURITY,
         "volumeMounts": paths,
@@ -228,18 +233,47 @@ def _pod(
 
 
 def _volumes(cluster: ClusterConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Volumes, and where a container mounts them: the claims, and a cache, lost with the pod where it has no claim."""
+    """Volumes, and where a container mounts them: claims, others, and a cache, lost with the pod without a claim."""
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
     for index, (path, claim) in enumerate(sorted(cluster.volumes.items())):
         volumes.append({"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"claim-{index}", "mountPath": path})
+    for index, (path, given) in enumerate(sorted(cluster.mounts.items())):
+        source = {key: value for key, value in given.items() if key not in _OF_THE_MOUNT}
+        volumes.append({"name": f"mount-{index}", **source})
+        of_the_mount = {key: value for key, value in given.items() if key in _OF_THE_MOUNT}
+        mounts.append({"name": f"mount-{index}", "mountPath": path, **of_the_mount})
     cache: dict[str, Any] = {"emptyDir": {}}
     if cluster.model_cache is not None:
         cache = {"persistentVolumeClaim": {"claimName": cluster.model_cache}}
     volumes.append({"name": "cache", **cache})
     mounts.append({"name": "cache", "mountPath": CACHE_PATH})
     return volumes, mounts
+
+
+def _require_one_volume_a_path(mounts: list[dict[str, Any]]) -> None:
+    """Kubernetes would refuse the pods, long after it has accepted the job.
+
+    Raises:
+        ConfigError: two volumes are mounted at one path.
+    """
+    paths = [mount["mountPath"] for mount in mounts]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ConfigError(
+            "Two volumes are mounted at one path of the job's pods",
+            got=", ".join(twice),
+            fix=f"look at cluster.volumes and cluster.mounts; at {CACHE_PATH} lies cluster.model_cache, and at "
+            f"{SHARED_MEMORY_PATH}, unless it is null, cluster.workers.shared_memory",
+        )
+
+
+def _variables(environment: Mapping[str, str], filled_in: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A container's variables, each once; those that Kubernetes fills in count more."""
+    entries: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in environment.items()}
+    entries |= {name: {"valueFrom": dict(source)} for name, source in filled_in.items()}
+    return [{"name": name, **entry} for name, entry in sorted(entries.items())]
 
 
 def _environment(job: Job, config: RunConfig) -> dict[str, str]:

@@ -53,6 +53,7 @@ class WorkerConfig(PodConfig):
     shared_memory: Quantity | None = option(
         "8Gi", "size of /dev/shm, which NCCL and data loaders use; part of `memory`"
     )
+    affinity: Mapping[str, Any] = option({}, "nodes and pods that it is drawn to or kept from, as Kubernetes writes it")
     spot: bool = option(False, "may run on nodes that are taken away at short notice")
     grace_seconds: Count = option(120, "from the notice to the end: a training saves its state meanwhile")
 
@@ -84,9 +85,19 @@ class ClusterConfig:
         ("dpo-credentials",), "Secrets whose keys become environment variables: S3, MLflow and hub logins"
     )
     volumes: Mapping[MountPath, DnsName] = option({}, "volume claims by the path where every pod mounts them")
+    mounts: Mapping[MountPath, Mapping[str, Any]] = option(
+        {},
+        "volumes of other kinds by the path where every pod mounts them, as Kubernetes writes their source: "
+        "{/etc/ca: {secret: {secretName: our-ca}}}; beside it the mount's subPath and readOnly may stand",
+    )
     model_cache: DnsName | None = option(None, "volume claim for models and data that were downloaded once")
     environment: Mapping[EnvironmentName, str] = option(
         {}, "further environment variables, e.g. {NCCL_SOCKET_IFNAME: eth0}; secrets belong in Secrets"
+    )
+    environment_from: Mapping[EnvironmentName, Mapping[str, Any]] = option(
+        {},
+        "environment variables that Kubernetes fills in, each by its valueFrom: "
+        "{WANDB_API_KEY: {secretKeyRef: {name: wandb, key: token}}}",
     )
     queue: DnsName | None = option(None, "Kueue's local queue; a job waits there until there is room")
     priority: DnsName | None = option(None, "priority class of the pods, and in Kueue of the job")
