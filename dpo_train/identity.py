@@ -13,7 +13,7 @@ from typing import Any
 # What only shows or moves results is not part of what computes them.
 _PRESENTATION = {
     "cli", "cluster", "planning", "progress.py", "tracking", "launch.py", "launching.py", "resolving.py", "retrain.py",
-    "notify.py", "describe.py", "runs.py", "storage",
+    "notify.py", "describe.py", "runs.py", "storage", "recipes",
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def version() -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """The compiled Kubeflow pipeline on this machine."""
-    config = _load(arguments)
+    config = load(arguments)
     if "python3" in arguments.name or "{{$" in arguments.name:
         raise ConfigError("kfp.local damages this run name", got=arguments.name, fix="leave out 'python3' and '{{$'")
     launch.check_inputs(config)
@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         with launch.session(config), end_children():
             run_local(to_text(config), arguments.name)
 
-    return _watched(config, arguments, work)
+    return watched(config, work, _ui_command(arguments))
 
 
 def stage(arguments: argparse.Namespace) -> int:
     """One stage in this process. Inputs that were not named are made, or reused, first."""
-    config = launch.resolve_device(_load(arguments))
+    config = launch.resolve_device(load(arguments))
     launch.check_store(config, _absolute(arguments.output) if arguments.output else None)
     launch.check_tracking(config)
     if arguments.stage == "prepare":
@@ -72,7 +72,7 @@ def stage(arguments: argparse.Namespace) -> int:
         with launch.session(config), end_children():
             _make(arguments.stage, config, given, arguments.output)
 
-    return _watched(config, arguments, work)
+    return watched(config, work, _ui_command(arguments))
 
 
 def _make(stage_name: str, config: RunConfig, made: dict[str, Artifact], output: str | None) -> Artifact:
@@ -105,7 +105,7 @@ def ui(arguments: argparse.Namespace) -> int:
     """MLflow's pages over the config's tracking store. This process becomes the server."""
     from dpo_train.tracking import redacted, tracking_uri
 
-    config = _load(arguments)
+    config = load(arguments)
     uri = tracking_uri(config)
     if uri.startswith("http"):
         print(f"MLflow runs at {redacted(uri)}")
@@ -128,7 +128,7 @@ def _become_server(arguments: argparse.Namespace, uri: str, shown: str) -> None:
 
 def show_config(arguments: argparse.Namespace) -> int:
     """The resolved config, as YAML that can be read back."""
-    print(yaml.safe_dump(to_dict(_load(arguments)), sort_keys=False), end="")
+    print(yaml.safe_dump(to_dict(load(arguments)), sort_keys=False), end="")
     return 0
 
 
@@ -147,7 +147,7 @@ def init(arguments: argparse.Namespace) -> int:
 
 def gc(arguments: argparse.Namespace) -> int:
     """Outputs that no run refers to."""
-    store = _load(arguments).store
+    store = load(arguments).store
     if storage.is_remote(store):
         raise StoreError(
             f"What others use of {store} cannot be seen from here",
@@ -161,14 +161,19 @@ def _absolute(path: str) -> str:
     return path if storage.is_remote(path) else str(Path(path).absolute())
 
 
-def _load(arguments: argparse.Namespace) -> RunConfig:
+def load(arguments: argparse.Namespace) -> RunConfig:
+    """The config that a command was given."""
     config = load_config(arguments.config, arguments.overrides)
     launch.use_storage(config)
     return config
 
 
-def _watched(config: RunConfig, arguments: argparse.Namespace, work: Callable[[Display], None]) -> int:
-    """Does the work with progress on the terminal and everything else in a log file."""
+def watched(config: RunConfig, work: Callable[[Display], None], ui_command: str) -> int:
+    """Does the work with progress on the terminal and everything else in a log file.
+
+    Args:
+        ui_command: what to type to browse its runs.
+    """
     # A terminated run ends as an interrupted one does: children and Ray first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Display(RunFolder.create(local_copy(config.store))) as display:
@@ -182,7 +187,7 @@ def _watched(config: RunConfig, arguments: argparse.Namespace, work: Callable[[D
             code = _explain(error, display)
             _close_run(config, display, error)
             return code
-        display.summary(_ui_command(arguments))
+        display.summary(ui_command)
     return 0
 
 

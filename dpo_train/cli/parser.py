@@ -6,7 +6,21 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_train.cli import chat, commands, doctor, export, job, kubeflow, models, plan, reap, runs, schedule
+from dpo_train.cli import (
+    chat,
+    commands,
+    doctor,
+    export,
+    job,
+    kubeflow,
+    models,
+    plan,
+    reap,
+    recipe,
+    runs,
+    sample,
+    schedule,
+)
 
 _DESCRIPTION = """\
 Preference data to an aligned, evaluated, registered model by Direct Preference Optimization.
@@ -24,6 +38,8 @@ start here:
   dpo chat my.yaml                          talk to champion, challenger and reference side by side
   dpo promote my.yaml                       make the challenger the champion
   dpo export my.yaml FOLDER                 the champion as a plain Hugging Face folder
+  dpo sample my.yaml prompts.jsonl pairs.jsonl     preference data of the model's own answers
+  dpo recipe sentiment                      the DPO paper's experiments, with figures
 
 on a cluster:
   dpo doctor my.yaml                        is everything there that this config needs?
@@ -92,6 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     _with_config(subparsers, "rollback", "make the champion before this one champion again", models.rollback)
     _with_config(subparsers, "chat", chat.HELP, chat.chat, chat.add_arguments)
     _with_config(subparsers, "export", export.HELP, export.export, export.add_arguments)
+    _with_config(subparsers, "sample", sample.HELP, sample.sample, sample.add_arguments)
+    experiment = subparsers.add_parser("recipe", help=recipe.HELP)
+    recipe.add_arguments(experiment)
+    experiment.set_defaults(command=recipe.recipe)
     _with_config(subparsers, "config", "print the resolved config", commands.show_config)
     init = subparsers.add_parser("init", help="write a commented config for your own data and model")
     init.add_argument("path", type=Path, nargs="?", default=Path("dpo-config.yaml"), help="default: %(default)s")

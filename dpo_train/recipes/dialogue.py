@@ -1,0 +1,41 @@
+"""Single-turn dialogue's data: what a person replied in this conversation, against a reply from another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from dpo_train.recipes.corpora import exchanges
+from dpo_train.recipes.winrates import Task
+
+
+def records(seed: int) -> Iterator[dict[str, Any]]:
+    """Conversations two by two: none is in two couples, and each reply is as likely the chosen one as the rejected."""
+    found = exchanges()
+    random.Random(seed).shuffle(found)
+    for first, second in zip(found[::2], found[1::2], strict=False):
+        if first.reply != second.reply:
+            yield {
+                "prompt": first.context,
+                "chosen": first.reply,
+                "rejected": second.reply,
+                "group": f"{first.id}+{second.id}",
+            }
+
+
+TASK = Task(
+    name="dialogue",
+    title="Single-turn dialogue",
+    records=records,
+    others=None,
+    corpora=("dialogue",),
+    deviations=(
+        "conversations of two people (chitchat-dataset) in place of Anthropic's HH; the preferences are constructed: "
+        "the reply that was given is preferred over one from another conversation",
+        "SmolLM2-135M-Instruct in place of Pythia-2.8B; LoRA of rank 16 in place of full fine-tuning",
+        "the judge is a linear probe on the untrained model's hidden states, trained on conversations of its own, in "
+        "place of GPT-4",
+        "answers of at most 48 tokens; best of 4 in place of best of 128",
+    ),
+)

@@ -1,0 +1,341 @@
+"""Controlled sentiment generation (arXiv 2305.18290, section 6.1): reward against KL, DPO and its baselines.
+
+snippets --split by film--> judge's | policy's
+judge's   --probe--> judge, the ground-truth reward
+policy's  --sft--> SFT model --four answers a prompt--> answers --judge: all pairs--> preferences
+preferences --sweep over beta--> DPO            each after every part of its steps: reward, KL of sampled answers
+            --sweep over losses--> Preferred-FT, Unlikelihood
+SFT model   --N answers, the best--> best-of-N ; --PPO with the judge--> PPO
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pyarrow as pa
+from annotated_types import Ge, Len
+
+from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train.config import RewardModelJudge, RunConfig, SourceConfig
+from dpo_train.config.kinds import STRICT, Count, option
+from dpo_train.data.folder import model_folder, weights_digest
+from dpo_train.data.pairs import Message
+from dpo_train.data.shards import Split
+from dpo_train.data.tokens import load_tokenizer
+from dpo_train.errors import ConfigError, DataError
+from dpo_train.evaluate.statistics import difference
+from dpo_train.evaluate.trials import TRIALS_FILE
+from dpo_train.findings import Estimate
+from dpo_train.progress import Reporter
+from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
+from dpo_train.recipes.corpora import Snippet, film_snippets
+from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources, write_examples, write_lines
+from dpo_train.recipes.ppo import PpoConfig, train_ppo
+from dpo_train.recipes.results import Claim, Figure, Point, Results, Series, above_at_equal, over_seeds
+from dpo_train.stages.common import make, model_digest
+from dpo_train.stages.sample import RANKED_FILE, sample
+from dpo_train.stages.sft import with_model_of
+
+TITLE = "Controlled sentiment generation"
+SFT_FILE, PROMPTS_FILE, HELDOUT_FILE = "sft.jsonl", "prompts.jsonl", "heldout.jsonl"
+SHORTEST, LONGEST = 2, 8
+"""Tokens of a prompt (the paper, section 6.1)."""
+
+JUDGE_SHARE, HELDOUT_SHARE = 0.45, 0.15
+"""Of the films, for the judge and for held-out prompts; the rest is for the policy."""
+JUDGE_HELDOUT = 0.2
+"""Of the judge's films, kept apart to tell how good it is."""
+
+DEVIATIONS = (
+    "SmolLM2-135M-Instruct in place of GPT-2-large, film-review snippets of Rotten Tomatoes (20 words on average) in "
+    "place of IMDb reviews",
+    "the ground-truth reward is a linear probe on the model's own hidden states, trained on films that nothing else "
+    "sees, in place of a fine-tuned RoBERTa; its log-odds are the reward, where the paper takes the probability",
+    "answers of at most 24 tokens; KL is that of such answers",
+    "LoRA of rank 16 with AdamW at 5e-4 in place of full fine-tuning with RMSprop at 1e-6, for fewer steps",
+    "the Unlikelihood baseline has weight 1 throughout; the paper tries 0.5 and 1",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything."""
+
+    __pydantic_config__ = STRICT
+
+    num_judge_snippets: Count = option(help="snippets that the judge is trained on")
+    num_sft_snippets: Count = option(help="snippets for SFT")
+    num_prompts: Count = option(help="prompts that the SFT model answers for the preferences")
+    num_heldout_prompts: Count = option(help="prompts that everything is measured on")
+    answers: Annotated[int, Ge(2)] = option(help="answers to each prompt")
+    judge_layers: Count = option(help="layers of the model below the judge's probe")
+    best_of: Annotated[tuple[Count, ...], Len(1)] = option(help="N of best-of-N")
+    num_ppo_episodes: Annotated[int, Ge(0)] = option(help="answers that PPO learns from; 0: no PPO")
+    ppo_points: Count = option(help="after how many equal parts of them it is measured")
+
+
+def run(flow: Flow) -> Results:
+    """The whole experiment."""
+    setting, sizes = flow.setting, flow.setting.sizes
+    corpus = flow.step("corpus", lambda _: _corpus(setting.config, sizes))
+    base = setting.config
+    if not setting.has_own_judge:
+        base = with_judge(base, flow.judge(corpus, base, layers=sizes.judge_layers))
+    pairs = flow.stage("prepare", snippets := _of_snippets(base, corpus))
+    fine_tuned = flow.stage("sft", snippets, prepare=pairs)
+    reference = with_model_of(
+        fine_tuned.home, dataclasses.replace(base, sft=dataclasses.replace(base.sft, enabled=False))
+    )
+    ranked, unseen = (_sampled(flow, reference, corpus, name) for name in (PROMPTS_FILE, HELDOUT_FILE))
+    config = _of_preferences(reference, ranked, unseen, sizes)
+    preferences = flow.stage("prepare", config)
+    scored = flow.stage("score_reference", config, prepare=preferences)
+    swept = flow.stage("sweep", config, score_reference=scored)
+    supervised = flow.stage("sweep", _supervised(config), score_reference=scored)
+    prompts = heldout_prompts(scored, "validation", sizes.num_heldout_prompts)
+    inputs = {"scored": scored.record.digest}
+    ask_often = functools.partial(answers, config, prompts, inputs=inputs, count=max(sizes.best_of))
+    many = flow.step("best-of-N", ask_often)
+    methods = [
+        Series(name="SFT", points=(Point(label="SFT", x=read(many).kl(), y=read(many).reward()),), is_line=False),
+        Series(name="DPO", points=tuple(_trial_points(swept, "DPO"))),
+        Series(name="Preferred-FT", points=tuple(_trial_points(supervised, "Preferred-FT", loss="sft"))),
+        Series(name="Unlikelihood", points=tuple(_trial_points(supervised, "Unlikelihood", loss="unlikelihood"))),
+        Series(name="best-of-N", points=tuple(_best_of(read(many), sizes.best_of))),
+    ]
+    if sizes.num_ppo_episodes:
+        methods.append(Series(name="PPO", points=tuple(_ppo(flow, config, scored, prompts, inputs))))
+    return _results(flow, methods, swept)
+
+
+def _corpus(config: RunConfig, sizes: Sizes) -> Artifact:
+    """Snippets for the judge, for SFT, and prompts of which no film is in two parts."""
+    content = {**dataclasses.asdict(sizes), "seed": config.seed, "code": code_of("corpora", "sentiment")}
+    for name in ("best_of", "num_ppo_episodes", "ppo_points", "judge_layers", "answers"):
+        del content[name]
+
+    def body(out: Output) -> Summary:
+        chance = random.Random(config.seed)
+        judges, policys, heldout = _by_film(film_snippets(), chance)
+        examples, kept = _cut(judges, 1 - JUDGE_HELDOUT)
+        _need(examples, sizes.num_judge_snippets, "num_judge_snippets")
+        write_examples(
+            out,
+            (
+                ((), each.text, each.is_positive, is_heldout)
+                for part, is_heldout in ((examples[: sizes.num_judge_snippets], False), (kept[:1000], True))
+                for each in part
+            ),
+        )
+        tokenizer = load_tokenizer(model_folder(config.model.path))
+        begun = (_begin(each.text, tokenizer, chance) for each in policys)
+        parts = [part for part in begun if part is not None]
+        _need(parts, max(sizes.num_sft_snippets, sizes.num_prompts), "num_sft_snippets or num_prompts")
+        others = parts[1:] + parts[:1]
+        write_lines(
+            out.path / SFT_FILE,
+            (
+                # SFT reads the chosen answer alone; a pair has two.
+                {"prompt": prompt, "chosen": rest, "rejected": other}
+                for (prompt, rest), (_, other) in list(zip(parts, others, strict=True))[: sizes.num_sft_snippets]
+            ),
+        )
+        asked = list(dict.fromkeys(prompt for prompt, _ in parts))[: sizes.num_prompts]
+        write_lines(out.path / PROMPTS_FILE, ({"prompt": prompt} for prompt in asked))
+        others_begun = (_begin(each.text, tokenizer, chance) for each in heldout)
+        # Films differ, and yet half of all snippets begin with "the film".
+        unseen = list(dict.fromkeys(part[0] for part in others_begun if part is not None and part[0] not in set(asked)))
+        _need(unseen, sizes.num_heldout_prompts, "num_heldout_prompts")
+        write_lines(out.path / HELDOUT_FILE, ({"prompt": prompt} for prompt in unseen[: sizes.num_heldout_prompts]))
+        return Summary(details={"summary": f"{len(judges)} snippets for the judge, {len(policys)} for the policy"})
+
+    return make(config, "corpus", content, {"model": model_digest(config)}, body, output=None)
+
+
+def _by_film(snippets: Sequence[Snippet], chance: random.Random) -> tuple[list[Snippet], ...]:
+    films = sorted({each.film for each in snippets})
+    chance.shuffle(films)
+    parts = _cut(films, JUDGE_SHARE)
+    heldout = _cut(parts[1], HELDOUT_SHARE / (1 - JUDGE_SHARE))
+    whose = [set(parts[0]), set(heldout[1]), set(heldout[0])]
+    shuffled = list(snippets)
+    chance.shuffle(shuffled)
+    return tuple([each for each in shuffled if each.film in films_of] for films_of in whose)
+
+
+def _cut(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    place = round(len(items) * share)
+    return list(items[:place]), list(items[place:])
+
+
+def _need(found: Sequence[Any], number: int, key: str) -> None:
+    if len(found) < number:
+        raise DataError(
+            f"There are not so many film snippets as recipe.{key} asks for",
+            got=f"{len(found)} of {number}",
+            fix="lower it, or --scale",
+        )
+
+
+def _begin(text: str, tokenizer: Any, chance: random.Random) -> tuple[str, str] | None:
+    """A snippet as its first 2 to 8 tokens and the rest; None if it is too short, or its tokens are not its text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer.decode(ids[: chance.randint(SHORTEST, LONGEST)])
+    rest = text[len(prompt) :]
+    return (prompt, rest) if text.startswith(prompt) and prompt.strip() and len(rest.split()) > 3 else None
+
+
+def _of_snippets(config: RunConfig, corpus: Artifact) -> RunConfig:
+    return with_sources(config, SourceConfig(path=str(corpus.path / SFT_FILE), name="snippets"))
+
+
+def _sampled(flow: Flow, config: RunConfig, corpus: Artifact, name: str) -> Artifact:
+    """The SFT model's answers to prompts, with their rewards."""
+    lines = corpus.file(name).read_text(encoding="utf-8").splitlines()
+    prompts = [(Message("user", json.loads(line)["prompt"]),) for line in lines]
+    count = flow.setting.sizes.answers
+    return flow.step("sample", lambda executor: sample(config, prompts, executor, count=count))
+
+
+def _of_preferences(config: RunConfig, ranked: Artifact, heldout: Artifact, sizes: Sizes) -> RunConfig:
+    source = SourceConfig(path=str(ranked.path / RANKED_FILE), format="ranking", pairing="all", split="train")
+    unseen = SourceConfig(path=str(heldout.path / RANKED_FILE), name="heldout", format="ranking", split="validation")
+    sweep = dataclasses.replace(config.sweep, num_prompts=sizes.num_heldout_prompts)
+    return dataclasses.replace(with_sources(config, source, unseen), sweep=sweep)
+
+
+def _supervised(config: RunConfig) -> RunConfig:
+    """The same trainings with losses that know no beta."""
+    sweep = dataclasses.replace(config.sweep, betas=(), losses=("sft", "unlikelihood"))
+    return dataclasses.replace(config, sweep=sweep)
+
+
+def _trial_points(sweep: Artifact, method: str, **parameters: Any) -> Iterator[Point]:
+    """A point per setting and step, over all seeds."""
+    trials = json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8"))["trials"]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for trial in trials:
+        if any(trial["parameters"].get(key) != value for key, value in parameters.items()):
+            continue
+        setting = " ".join(f"{key} {value:g}" for key, value in trial["parameters"].items() if key not in parameters)
+        for point in trial["points"]:
+            if point["kl"] is not None and point["reward"] is not None:
+                found.setdefault((setting, point["step"]), []).append(point)
+    named = [(_label(method, setting, step), points) for (setting, step), points in found.items()]
+    kls = over_seeds([[Estimate(**point["kl"]) for point in points] for _, points in named], relative=True)
+    rewards = over_seeds([[Estimate(**point["reward"]) for point in points] for _, points in named])
+    for (label, _), kl, reward in zip(named, kls, rewards, strict=True):
+        yield Point(label=label, x=kl, y=reward)
+
+
+def _label(method: str, setting: str, step: int) -> str:
+    return f"{method} {setting}".strip() + f", step {step}"
+
+
+def _best_of(many: Answers, numbers: Sequence[int]) -> Iterator[Point]:
+    for number in numbers:
+        if number > 1:
+            yield Point(label=f"best of {number}", x=best_of_kl(number), y=many.best_of_reward(number))
+
+
+def _ppo(
+    flow: Flow, config: RunConfig, scored: Artifact, prompts: pa.Table, inputs: Mapping[str, str]
+) -> Iterator[Point]:
+    """PPO's policies on the way, asked like all others."""
+    sizes, judge = flow.setting.sizes, config.evaluate.judge
+    if not isinstance(judge, RewardModelJudge):
+        raise ConfigError(
+            "PPO learns from a reward model, and the judge is none",
+            got=f"kind: {judge.kind if judge else None}",
+            expected="evaluate.judge of kind reward_model, or recipe.num_ppo_episodes=0",
+        )
+    batch = min(config.train.batch_pairs * 2, sizes.num_prompts)
+    updates = max(1, round(sizes.num_ppo_episodes / batch))
+    settings = PpoConfig(
+        batch=batch,
+        mini_batches=1,
+        total_episodes=updates * batch,
+        max_new_tokens=config.evaluate.max_sample_tokens,
+        save_every=-(-updates // sizes.ppo_points),
+    )
+    content = {**dataclasses.asdict(settings), "seed": config.seed, "code": code_of("ppo")}
+    made_of = {**inputs, "model": model_digest(config), "judge": weights_digest(model_folder(judge.path))}
+    asked = Split(scored, "train").table(("prompt_ids",))["prompt_ids"].to_pylist()
+    reporter = Reporter.from_environment("PPO")
+
+    def body(out: Output) -> Summary:
+        points = train_ppo(
+            model_folder(config.model.path),
+            model_folder(judge.path),
+            sorted(set(map(tuple, asked))),
+            out.path / "points",
+            config=settings,
+            seed=config.seed,
+            device=config.compute.device,
+            tell=reporter.message,
+        )
+        steps = [[point.episodes, point.folder.name] for point in points]
+        return Summary(details={"points": steps, "summary": f"{settings.total_episodes} answers learned from"})
+
+    made = flow.step("PPO", lambda _: make(config, "ppo", content, made_of, body, output=None, resumable=True))
+    for episodes, name in made.record.details["points"]:
+        folder = str(made.path / "points" / name)
+        ask = functools.partial(answers, config, prompts, inputs=inputs, folder=folder)
+        said = flow.step("answers: PPO", ask)
+        yield Point(label=f"PPO, {episodes} episodes", x=read(said).kl(), y=read(said).reward())
+
+
+def _results(flow: Flow, methods: Sequence[Series], swept: Artifact) -> Results:
+    by_name = {series.name: series.points for series in methods}
+    line = (*by_name["SFT"], *by_name["DPO"])
+    claims = [
+        claim
+        for name, points in by_name.items()
+        if name not in {"SFT", "DPO"}
+        for claim in above_at_equal("DPO", line, points, method=name, x="KL")
+    ]
+    claims += _smaller_kl(swept)
+    gained = [
+        Claim(text=f"{point.label}: more reward than SFT", found=difference(point.y, by_name["SFT"][0].y))
+        for point in _ends(by_name["DPO"])
+    ]
+    return Results(
+        recipe="sentiment",
+        title=TITLE,
+        figures=(
+            Figure(
+                name="frontier",
+                title="Expected reward against KL, over methods, betas and steps",
+                x_label="KL(policy || SFT model), nats per answer",
+                y_label="mean reward (log-odds of being positive)",
+                series=tuple(methods),
+            ),
+        ),
+        claims=(*claims, *gained),
+        deviations=DEVIATIONS,
+        identity=flow.identity(),
+    )
+
+
+def _ends(points: Sequence[Point]) -> list[Point]:
+    """The last point of each setting."""
+    last: dict[str, Point] = {point.label.rpartition(", step")[0]: point for point in points}
+    return list(last.values())
+
+
+def _smaller_kl(swept: Artifact) -> Iterator[Claim]:
+    """Of neighbouring betas."""
+    ends = _ends(list(_trial_points(swept, "DPO")))
+    ends.sort(key=lambda point: float(point.label.split("beta ")[1].split(",")[0]))
+    for small, large in itertools.pairwise(ends):
+        assert isinstance(small.x, Estimate), "measured"
+        assert isinstance(large.x, Estimate), "likewise"
+        names = [point.label.rpartition(", step")[0].removeprefix("DPO ") for point in (large, small)]
+        yield Claim(text=f"{names[0]} has a smaller KL than {names[1]}", found=difference(small.x, large.x))

@@ -1,0 +1,54 @@
+"""Summarisation's data: a package's description and its synopsis; and docstrings, another domain of the same task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dpo_train.recipes.corpora import Docstring, Package, docstrings, package_descriptions
+from dpo_train.recipes.winrates import Task
+
+QUESTION = "Summarise this in one short line:\n\n"
+
+
+def records(seed: int) -> Iterator[dict[str, Any]]:
+    """Of Debian packages."""
+    yield from _couples(package_descriptions(), seed)
+
+
+def others(seed: int) -> Iterator[dict[str, Any]]:
+    """Of functions and classes."""
+    yield from _couples(docstrings(), seed)
+
+
+def _couples(texts: Sequence[Package | Docstring], seed: int) -> Iterator[dict[str, Any]]:
+    """Two by two: the synopsis that a text has, against the other's."""
+    found = list(texts)
+    random.Random(seed).shuffle(found)
+    for first, second in zip(found[::2], found[1::2], strict=False):
+        if first.synopsis != second.synopsis:
+            yield {
+                "prompt": QUESTION + first.description,
+                "chosen": first.synopsis,
+                "rejected": second.synopsis,
+                "group": f"{first.name}+{second.name}",
+            }
+
+
+TASK = Task(
+    name="summarise",
+    title="Summarisation",
+    records=records,
+    others=others,
+    corpora=("summarise",),
+    deviations=(
+        "descriptions and synopses of Debian packages in place of Reddit's TL;DR; the preferences are constructed: a "
+        "text's own synopsis is preferred over another's",
+        "docstrings of Python functions in place of CNN/DailyMail, as the domain that is not trained on",
+        "SmolLM2-135M-Instruct in place of GPT-J; LoRA of rank 16 in place of full fine-tuning",
+        "the judge is a linear probe on the untrained model's hidden states, trained on packages of its own, in place "
+        "of GPT-4; of docstrings it has seen none",
+        "answers of at most 32 tokens; best of 4 in place of best of 128",
+    ),
+)

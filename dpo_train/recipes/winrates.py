@@ -1,0 +1,292 @@
+"""Win rates against the data's chosen answers: single-turn dialogue and summarisation (arXiv 2305.18290, section 6.2).
+
+pairs --by groups--> judge's | train | held-out
+judge's pairs  --probe--> judge
+train  --sft on the chosen--> Preferred-FT, the reference --DPO--> policies along the training
+held-out prompts --base, Preferred-FT, best-of-N of it, DPO: over temperatures--> answers --judge--> win rates
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pyarrow as pa
+from annotated_types import Ge, Len
+
+from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train.config import RunConfig, SourceConfig
+from dpo_train.config.kinds import STRICT, Count, Positive, option
+from dpo_train.data.shards import Split
+from dpo_train.evaluate.statistics import difference
+from dpo_train.findings import Estimate
+from dpo_train.recipes.along import policies
+from dpo_train.recipes.answers import Answers, answers, heldout_prompts, read, rewards_of_chosen, win_rate
+from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources, write_examples, write_lines
+from dpo_train.recipes.results import Claim, Figure, Point, Results, Series
+from dpo_train.stages.common import make
+from dpo_train.stages.executor import Executor
+from dpo_train.stages.prepare_inputs import set_names
+from dpo_train.stages.sft import with_model_of
+
+PAIRS_FILE, OTHERS_FILE = "pairs.jsonl", "others.jsonl"
+OTHERS = "another domain"
+FEW_PAIRS = 32
+"""Of the judge's, measured at the end of trainings."""
+JUDGE_HELDOUT = 0.2
+"""Of the judge's pairs, kept apart to tell how good it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything."""
+
+    __pydantic_config__ = STRICT
+
+    num_judge_pairs: Count = option(help="pairs for the judge")
+    num_train_pairs: Count = option(help="pairs for SFT and DPO")
+    num_heldout_prompts: Count = option(help="prompts that everything is measured on")
+    judge_layers: Count = option(help="layers of the model below the judge's probe")
+    best_of: Annotated[int, Ge(2)] = option(help="N of best-of-N")
+    temperatures: Annotated[tuple[Positive, ...], Len(1)] = option(help="of the answers")
+    steps: Count = option(help="after how many equal parts of the training the policy is asked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is said of one of the two experiments, and its data."""
+
+    name: str
+    title: str
+    records: Callable[[int], Iterable[Mapping[str, Any]]]
+    """Seed to preference records {prompt, chosen, rejected, group}."""
+    others: Callable[[int], Iterable[Mapping[str, Any]]] | None
+    """The same of a domain that is not trained on; None: there is none."""
+    corpora: tuple[str, ...]
+    """Modules of recipes that decide the records."""
+    deviations: tuple[str, ...]
+
+
+def run(flow: Flow, task: Task) -> Results:
+    """The whole experiment."""
+    sizes, config = flow.setting.sizes, flow.setting.config
+    config = dataclasses.replace(
+        config, prepare=dataclasses.replace(config.prepare, max_train_pairs=sizes.num_train_pairs)
+    )
+    if not flow.setting.has_own_data:
+        corpus = flow.step("corpus", lambda _: _corpus(flow.setting.config, task))
+        config = with_sources(config, *_sources(corpus))
+    if not flow.setting.has_own_judge:
+        config = with_judge(config, flow.judge(_examples(flow, config, sizes), config, layers=sizes.judge_layers))
+    untrained = config.model.path
+    pairs = flow.stage("prepare", config := _with_validation(config, FEW_PAIRS))
+    fine_tuned = flow.stage("sft", config, prepare=pairs)
+    scored = flow.stage("score_reference", config, sft=fine_tuned, prepare=pairs)
+    off = dataclasses.replace(config.sft, enabled=False)
+    config = with_model_of(fine_tuned.home, dataclasses.replace(config, sft=off))
+    along = list(policies(config, scored, flow.executor, parts=sizes.steps))
+    policy = flow.stage("train", config, score_reference=scored)
+    ask = _Asking(flow=flow, config=config, scored=scored)
+    sets = {name: ask.everyone(place, policy, untrained) for place, name in enumerate(set_names(config))}
+    steps = [(0, sets[next(iter(sets))].said["Preferred-FT"])]
+    steps += [(step, ask.policy(0, each, f"after {step} steps")) for step, each in along]
+    return _results(flow, task, sets, steps)
+
+
+def _corpus(config: RunConfig, task: Task) -> Artifact:
+    content = {"task": task.name, "seed": config.seed, "code": code_of("corpora", *task.corpora)}
+
+    def body(out: Output) -> Summary:
+        write_lines(out.path / PAIRS_FILE, task.records(config.seed))
+        if task.others is not None:
+            write_lines(out.path / OTHERS_FILE, task.others(config.seed))
+        return Summary(details={"summary": "preferences as JSON lines"})
+
+    return make(config, "corpus", content, {}, body, output=None)
+
+
+def _sources(corpus: Artifact) -> Iterator[SourceConfig]:
+    yield SourceConfig(path=str(corpus.path / PAIRS_FILE), name="pairs", group_key="group")
+    if (others := corpus.path / OTHERS_FILE).is_file():
+        yield SourceConfig(path=str(others), name=OTHERS, group_key="group", split="heldout")
+
+
+def _with_validation(config: RunConfig, most: int) -> RunConfig:
+    return dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, max_validation_pairs=most))
+
+
+def _examples(flow: Flow, config: RunConfig, sizes: Sizes) -> Artifact:
+    """The judge's pairs: the same split of the same data, of which the policy's training takes nothing."""
+    pairs = flow.stage("prepare", _with_validation(config, sizes.num_judge_pairs))
+
+    def body(out: Output) -> Summary:
+        table = Split(pairs, "validation").table(("group", "prompt", "chosen", "rejected"))
+        groups = sorted(set(table["group"].to_pylist()))
+        kept = set(groups[: round(len(groups) * JUDGE_HELDOUT)])
+        write_examples(
+            out,
+            (
+                (_messages(row["prompt"]), row[side], side == "chosen", row["group"] in kept)
+                for row in table.to_pylist()
+                for side in ("chosen", "rejected")
+            ),
+        )
+        return Summary(details={"summary": f"{2 * len(table)} answers"})
+
+    content = {"code": code_of("winrates"), "share": JUDGE_HELDOUT}
+    return flow.step(
+        "examples",
+        lambda _: make(config, "examples", content, {"pairs": pairs.record.digest}, body, output=None),
+    )
+
+
+def _messages(prompt: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Set:
+    """What everybody said to the prompts of one set."""
+
+    chosen: Mapping[str, float | None]
+    """The rewards of the data's own answers."""
+    said: Mapping[str, Answers]
+    """By method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asking:
+    """Asks models for answers to the held-out prompts of a set."""
+
+    flow: Flow
+    config: RunConfig
+    scored: Artifact
+
+    def everyone(self, place: int, policy: Artifact, untrained: str) -> _Set:
+        sizes = self.flow.setting.sizes
+        prompts = self._prompts(place)
+        chosen = rewards_of_chosen(self.config, prompts, self.flow.executor, inputs=self._inputs)
+        return _Set(
+            chosen=chosen,
+            said={
+                "untrained": self._ask(place, "untrained", folder=untrained),
+                "Preferred-FT": self._ask(place, "Preferred-FT", count=sizes.best_of),
+                "DPO": self.policy(place, policy, "DPO"),
+            },
+        )
+
+    def policy(self, place: int, policy: Artifact, title: str) -> Answers:
+        return self._ask(place, title, policy=policy)
+
+    @property
+    def _inputs(self) -> dict[str, str]:
+        return {"scored": self.scored.record.digest}
+
+    def _prompts(self, place: int) -> pa.Table:
+        return heldout_prompts(self.scored, "heldout", self.flow.setting.sizes.num_heldout_prompts, dataset=place)
+
+    def _ask(self, place: int, title: str, **more: Any) -> Answers:
+        def body(executor: Executor) -> Artifact:
+            return answers(
+                self.config,
+                self._prompts(place),
+                executor,
+                inputs=self._inputs,
+                temperatures=self.flow.setting.sizes.temperatures,
+                **more,
+            )
+
+        return read(self.flow.step(f"answers: {title}", body))
+
+
+def _results(flow: Flow, task: Task, sets: Mapping[str, _Set], steps: list[tuple[int, Answers]]) -> Results:
+    sizes = flow.setting.sizes
+    names = list(sets)
+    first = sets[names[0]]
+    figures = [_over_temperatures(task, name, each, sizes, place) for place, (name, each) in enumerate(sets.items())]
+    figures.append(
+        Figure(
+            name="steps",
+            title=f"{task.title}: over the training",
+            x_label="optimiser steps of DPO (0: Preferred-FT)",
+            y_label="win rate against the chosen answers",
+            series=tuple(
+                Series(
+                    name=f"temperature {temperature:g}",
+                    points=tuple(
+                        Point(label=f"step {step}", x=float(step), y=win_rate(said.at(temperature), first.chosen))
+                        for step, said in steps
+                    ),
+                )
+                for temperature in sizes.temperatures
+            ),
+            level=0.5,
+        )
+    )
+    return Results(
+        recipe=task.name,
+        title=task.title,
+        figures=tuple(figures),
+        claims=tuple(claim for figure in figures[:-1] for claim in _claims(figure, sizes)),
+        deviations=task.deviations if not flow.setting.has_own_data else ("data of the user's own",),
+        numbers={
+            f"KL of DPO from Preferred-FT, nats per answer: {name}": each.said["DPO"].kl()
+            for name, each in sets.items()
+            if 1.0 in sizes.temperatures
+        },
+        identity=flow.identity(),
+    )
+
+
+def _over_temperatures(task: Task, name: str, each: _Set, sizes: Sizes, place: int) -> Figure:
+    best = f"best of {sizes.best_of}"
+    series = [
+        Series(
+            name=method,
+            points=tuple(
+                Point(
+                    label=f"{method} at {temperature:g}", x=temperature, y=win_rate(said.at(temperature), each.chosen)
+                )
+                for temperature in sizes.temperatures
+            ),
+        )
+        for method, said in each.said.items()
+    ]
+    several = each.said["Preferred-FT"]
+    series.append(
+        Series(
+            name=best,
+            points=tuple(
+                Point(
+                    label=f"{best} at {temperature:g}",
+                    x=temperature,
+                    y=win_rate(several.best_of(sizes.best_of, temperature), each.chosen),
+                )
+                for temperature in sizes.temperatures
+            ),
+        )
+    )
+    return Figure(
+        name="temperatures" if place == 0 else f"temperatures-{place}",
+        title=task.title if place == 0 else f"{task.title}: {name}",
+        x_label="sampling temperature",
+        y_label="win rate against the chosen answers",
+        series=tuple(series),
+        level=0.5,
+    )
+
+
+def _claims(figure: Figure, sizes: Sizes) -> Iterator[Claim]:
+    by_name = {series.name: series.points for series in figure.series}
+    for method in ("Preferred-FT", f"best of {sizes.best_of}"):
+        for ours, theirs in zip(by_name["DPO"], by_name[method], strict=True):
+            text = f"{figure.title}: DPO above {method} at temperature {ours.place:g}"
+            yield Claim(text=text, found=difference(ours.y, theirs.y))
+    coldest, hottest = by_name["DPO"][0], by_name["DPO"][-1]
+    if coldest is not hottest:
+        level = Estimate(value=0.1, low=0.1, high=0.1, n=coldest.y.n)
+        lost = difference(coldest.y, hottest.y)
+        text = f"{figure.title}: DPO loses less than 0.1 from temperature {coldest.place:g} to {hottest.place:g}"
+        yield Claim(text=text, found=difference(level, lost))

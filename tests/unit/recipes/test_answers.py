@@ -1,0 +1,144 @@
+"""Answers with rewards and KL, and policies along a training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from safetensors.torch import load_file
+
+from dpo_train.artifacts import Artifact
+from dpo_train.config import FunctionJudge, RunConfig
+from dpo_train.errors import ConfigError
+from dpo_train.recipes.along import policies
+from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read, rewards_of_chosen, win_rate
+from dpo_train.stages import evaluate, prepare, score_reference, train
+from dpo_train.stages.executor import InProcess
+from tests.tiny import tiny_config
+
+LOCAL = InProcess()
+JUDGE = FunctionJudge(kind="function", function="tests.unit.recipes.test_answers:length")
+PROMPTS = 24
+
+
+def length(prompt: Sequence[Mapping[str, str]], answer: str) -> float:
+    return float(len(answer)) if prompt else math.nan
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config = tiny_config(tmp_path_factory.mktemp("answers"), evaluate__num_prompts=PROMPTS)
+    return replace(config, evaluate=replace(config.evaluate, judge=JUDGE))
+
+
+@pytest.fixture(scope="module")
+def scored(config: RunConfig) -> Artifact:
+    return score_reference(config, prepare(config, LOCAL), LOCAL)
+
+
+@pytest.fixture(scope="module")
+def along(config: RunConfig, scored: Artifact) -> list[tuple[int, Artifact]]:
+    return list(policies(config, scored, LOCAL, parts=3))
+
+
+@pytest.fixture(scope="module")
+def prompts(scored: Artifact) -> pa.Table:
+    return heldout_prompts(scored, "heldout", PROMPTS)
+
+
+def asked(
+    config: RunConfig, scored: Artifact, prompts: pa.Table, policy: Artifact | None = None, **more: object
+) -> Artifact:
+    return answers(config, prompts, LOCAL, inputs={"scored": scored.record.digest}, policy=policy, **more)  # type: ignore[arg-type]
+
+
+def test_a_training_is_followed_on_its_way_and_ends_as_an_unbroken_one(
+    config: RunConfig, scored: Artifact, along: list[tuple[int, Artifact]]
+) -> None:
+    unbroken = train(replace(config, store=f"{config.store}-unbroken"), scored, LOCAL)
+    again = list(policies(config, scored, LOCAL, parts=3))
+
+    assert [step for step, _ in along] == [7, 14, 20]
+    weights = [load_file(each.file("adapter/adapter_model.safetensors")) for _, each in along]
+    expected = load_file(unbroken.file("adapter/adapter_model.safetensors"))
+    assert all((weights[-1][name] == expected[name]).all() for name in expected)
+    assert any((weights[0][name] != weights[1][name]).any() for name in expected)
+    assert [each.home for _, each in again] == [each.home for _, each in along]
+    assert again[-1][1].reused
+
+
+def test_kl_is_the_evaluations(
+    config: RunConfig, scored: Artifact, prompts: pa.Table, along: list[tuple[int, Artifact]]
+) -> None:
+    """Of the same answers to the same prompts; the reference has none from itself."""
+    policy = along[-1][1]
+    report = json.loads(evaluate(config, scored, policy, LOCAL).file("report.json").read_text(encoding="utf-8"))
+    found = read(asked(config, scored, prompts, policy))
+    reference = read(asked(config, scored, prompts))
+
+    expected = report["findings"]["divergence"]["kl"]
+    assert found.kl().value == pytest.approx(expected["value"], rel=1e-6)
+    assert found.kl().n == expected["n"] == PROMPTS
+    assert found.kl().value > 0.05, "it was trained"
+    assert (reference.kl().value, reference.kl().high) == (0.0, 0.0)
+
+
+def test_rewards_are_of_the_answers_and_the_chosen_have_theirs(
+    config: RunConfig, scored: Artifact, prompts: pa.Table
+) -> None:
+    made = asked(config, scored, prompts, temperatures=(0.5, 1.0), count=3)
+    found = read(made)
+    chosen = rewards_of_chosen(config, prompts, LOCAL, inputs={"scored": scored.record.digest})
+
+    rows = found.table.to_pylist()
+    assert len(rows) == PROMPTS * 2 * 3
+    assert all(row["reward"] == len(row["answer"]) for row in rows)
+    assert chosen == {row["pair_id"]: float(len(row["chosen"])) for row in prompts.to_pylist()}
+    firsts = [row["reward"] for row in rows if row["index"] == 0 and row["temperature"] == 0.5]
+    assert found.reward(0.5).value == pytest.approx(np.mean(firsts))
+    best = [max(r["reward"] for r in rows if r["pair_id"] == p and r["temperature"] == 1.0) for p in chosen]
+    assert found.best_of_reward(3).value == pytest.approx(np.mean(best))
+    assert found.best_of_reward(1).value == pytest.approx(found.reward().value)
+    assert asked(config, scored, prompts, temperatures=(0.5, 1.0), count=3).reused
+    assert not asked(replace(config, seed=9), scored, prompts, temperatures=(0.5, 1.0), count=3).reused
+
+
+def test_a_folder_of_another_model_is_asked_like_a_policy(
+    config: RunConfig, scored: Artifact, prompts: pa.Table
+) -> None:
+    """The reference's own folder is no further from the reference than rounding."""
+    found = read(asked(config, scored, prompts, folder=config.model.path))
+    reference = read(asked(config, scored, prompts))
+
+    assert abs(found.kl().value) < 1e-5
+    assert found.at(1.0)["answer"].to_pylist() == reference.at(1.0)["answer"].to_pylist()
+
+
+def test_a_win_rate_counts_ties_as_half_and_leaves_out_the_unrewarded() -> None:
+    table = pa.table(
+        {
+            "pair_id": ["a", "b", "c", "d", "a"],
+            "index": pa.array([0, 0, 0, 0, 1], pa.int32()),
+            "temperature": [1.0] * 5,
+            "reward": pa.array([2.0, 1.0, 3.0, None, 99.0]),
+        }
+    )
+    found = win_rate(table, {"a": 1.0, "b": 1.0, "c": 4.0, "d": 0.0})
+
+    assert (found.value, found.n) == (0.5, 3)
+    assert win_rate(Answers(table=table).best_of(2), {"a": 98.0, "b": 0.0, "c": 0.0, "d": None}).value == 1.0
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, 0.0), (2, math.log(2) - 0.5), (16, math.log(16) - 15 / 16)])
+def test_best_of_ns_kl(number: int, expected: float) -> None:
+    assert best_of_kl(number) == pytest.approx(expected)
+
+
+def test_without_a_judge_that_rewards_nothing_is_asked(config: RunConfig, scored: Artifact, prompts: pa.Table) -> None:
+    with pytest.raises(ConfigError, match="judge that rewards"):
+        asked(replace(config, evaluate=replace(config.evaluate, judge=None)), scored, prompts)
