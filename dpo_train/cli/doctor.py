@@ -32,15 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints the lines and returns 2 if one of them fails."""
+    return examine(load_config(arguments.config, arguments.overrides), as_json=arguments.json)
+
+
+def examine(config: RunConfig, *, as_json: bool = False) -> int:
+    """The same of a config that is read already."""
     from dpo_train.cluster.doctor import checks_of, run, to_json
 
-    config = load_config(arguments.config, arguments.overrides)
     checks = checks_of(config, _package(config))
     console = Console(file=sys.stdout, highlight=False)
     with quiet():
         found = run(checks)
-        findings = list(found) if arguments.json else _shown(found, [check.name for check in checks], console)
-    if arguments.json:
+        findings = list(found) if as_json else _shown(found, [check.name for check in checks], console)
+    if as_json:
         print(json.dumps(to_json(findings), indent=2))
     return FAILS if any(finding.status == "fail" for finding in findings) else 0
 

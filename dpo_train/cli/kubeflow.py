@@ -36,6 +36,9 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
     """What stands between the config and its overrides."""
     parser.add_argument("--name", help="name of the run (default: the config file's, with the time)")
     add_content_arguments(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="run `dpo doctor` and `dpo plan` first, and start nothing if one fails"
+    )
     parser.add_argument("--wait", action="store_true", help="show the steps until the run ends, and exit as it ended")
     parser.add_argument(
         "--attach", metavar="RUN", help="start nothing, and wait for a run that is there: its id or name"
@@ -84,6 +87,8 @@ def submit(arguments: argparse.Namespace) -> int:
         refuse_options(arguments, ("name", *CONTENT), "the run that --attach names has started already")
         return _attach(config, arguments)
     where = address(config.kubeflow)
+    if arguments.check:
+        _check(config)
     submission = _submission(config, arguments)
     if config.tracking.uri is None and storage.is_remote(config.store):
         note = "tracking.uri is not set: Kubeflow's MLflow plugin, or MLFLOW_TRACKING_URI there, has to name MLflow"
@@ -93,6 +98,18 @@ def submit(arguments: argparse.Namespace) -> int:
     _tell(f"submitted {submission.name}: {made.run_id} ({submission.pipeline} {made.version.name})")
     _tell(kubeflow.link(made.run_id))
     return _follow(kubeflow, config, arguments.config, made.run_id, submission.package.steps) if arguments.wait else 0
+
+
+def _check(config: RunConfig) -> None:
+    """Raises:
+    ConfigError: something is missing, or the run would not fit.
+    """
+    from dpo_train.cli.doctor import examine
+    from dpo_train.cli.plan import check_fit
+
+    if examine(config):
+        raise ConfigError("A check fails: nothing was started", fix="mend what it says, or submit without --check")
+    _tell(check_fit(config))
 
 
 def cancel(arguments: argparse.Namespace) -> int:

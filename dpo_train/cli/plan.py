@@ -14,11 +14,13 @@ from rich.table import Table
 
 from dpo_train import launch
 from dpo_train.cli.quiet import quiet
-from dpo_train.config import load_config
-from dpo_train.errors import ConfigError
+from dpo_train.config import RunConfig, load_config
+from dpo_train.errors import ConfigError, DpoError
 
 if TYPE_CHECKING:
+    from dpo_train.planning.gpus import Device
     from dpo_train.planning.plan import Plan
+    from dpo_train.planning.workload import Given
 
 HELP = "what a run would take: memory per GPU, time and cost, from the model's config alone"
 
@@ -50,9 +52,36 @@ def plan(arguments: argparse.Namespace) -> int:
     return 2 if arguments.check and found.fits is False else 0
 
 
+def check_fit(config: RunConfig) -> str:
+    """One line on whether the run fits the GPUs that ``cluster.workers.gpu_type`` asks for, or why that is not known.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from dpo_train.planning.gpus import device_of_label
+    from dpo_train.planning.workload import Given
+
+    label = config.cluster.workers.gpu_type
+    device = None if label is None else device_of_label(label)
+    if device is None:
+        return f"memory is not planned: cluster.workers.gpu_type={label} names no GPU that is known here"
+    try:
+        found = _made(config, device, Given(pairs=None, prompt_tokens=None, answer_tokens=None))
+    except DpoError as error:
+        return f"memory is not planned: {error}"
+    if found.fits is False:
+        changes = [" ".join(advice.changes) for advice in found.advice]
+        raise ConfigError(
+            f"The run does not fit on {device.name}",
+            got=f"{found.fullest.stage} takes {_gb(found.fullest.total)} GB of a GPU",
+            fix=f"any of: {'; '.join(changes)}" if changes else "a larger GPU and more workers; see `dpo plan`",
+        )
+    return f"fits on {device.name}: {found.fullest.stage} takes {_gb(found.fullest.total)} GB of a GPU"
+
+
 def _plan(arguments: argparse.Namespace) -> Plan:
     from dpo_train.planning.gpus import CPU, find_device
-    from dpo_train.planning.workload import Given, workload_of
+    from dpo_train.planning.workload import Given
 
     config = load_config(arguments.config, arguments.overrides)
     on_cpu = arguments.gpu is None and config.compute.device == CPU
@@ -60,8 +89,20 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     device = find_device(CPU if on_cpu else arguments.gpu, memory_gb=arguments.gpu_memory, tflops=arguments.gpu_tflops)
     if config.compute.device == CPU and device.is_gpu:
         raise ConfigError("--gpu names a GPU, and compute.device is cpu", fix="set compute.device=cuda, or --gpu cpu")
-    launch.use_storage(config)
     given = Given(pairs=arguments.pairs, prompt_tokens=arguments.prompt_tokens, answer_tokens=arguments.answer_tokens)
+    return _made(config, device, given, shape_name=arguments.shape, mfu=arguments.mfu, price=arguments.price)
+
+
+def _made(
+    config: RunConfig,
+    device: Device,
+    given: Given,
+    *,
+    shape_name: str | None = None,
+    mfu: float | None = None,
+    price: float | None = None,
+) -> Plan:
+    launch.use_storage(config)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -70,17 +111,12 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         from dpo_train.planning.plan import make_plan
         from dpo_train.planning.shapes import shape
         from dpo_train.planning.work import DEFAULT_MFU
+        from dpo_train.planning.workload import workload_of
 
         trust = config.model.trust_remote_code
-        model = shape(arguments.shape) if arguments.shape else read_config(config.model.path, trust_remote_code=trust)
-        return make_plan(
-            config,
-            Outline(config=model, trust=trust),
-            device,
-            workload_of(config, given),
-            mfu=arguments.mfu or DEFAULT_MFU,
-            price=arguments.price,
-        )
+        model = shape(shape_name) if shape_name else read_config(config.model.path, trust_remote_code=trust)
+        outline = Outline(config=model, trust=trust)
+        return make_plan(config, outline, device, workload_of(config, given), mfu=mfu or DEFAULT_MFU, price=price)
 
 
 def show(found: Plan, console: Console) -> None:

@@ -78,6 +78,14 @@ def find_device(
     )
 
 
+def device_of_label(label: str) -> Device | None:
+    """The GPU that a node's label names, such as NVIDIA-A100-SXM4-80GB or Tesla-T4; None: none that is known here."""
+    words = label.upper().replace("_", "-").split("-")
+    if "A100" in words:
+        return GPUS["A100-40" if any(word.startswith("40GB") for word in words) else "A100-80"]
+    return next((device for name, device in GPUS.items() if name in words), GPUS["A10G"] if "A10" in words else None)
+
+
 def _named(name: str) -> Device:
     if name.lower() == CPU:
         return Device(name=CPU, memory_bytes=None, tflops=None)

@@ -198,3 +198,15 @@ def test_several_users(server: Server, tmp_path: Path, capsys: Capture) -> None:
     assert code == 0
     assert {item["namespace"] for item in server.state.pipelines.values()} == {"team-a"}
     assert {item["namespace"] for item in server.state.experiments.values()} == {"team-a"}
+
+
+def test_checks_that_fail_start_nothing(server: Server, tmp_path: Path, capsys: Capture) -> None:
+    """The store of this config is a bucket that cannot be written; each check that fails is a line."""
+    config = write_config(tmp_path, server, storage={"endpoint": "http://127.0.0.1:9", "attempts": 1})
+
+    code, out, error = dpo(capsys, "submit", config, "--check")
+
+    assert code == 2
+    assert "FAIL" in out
+    assert "nothing was started" in error
+    assert server.changes() == []

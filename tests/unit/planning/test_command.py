@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_train.cli import plan
+from dpo_train.cli.plan import check_fit
+from dpo_train.config import LoraConfig
 from dpo_train.errors import ConfigError, ModelError
+from dpo_train.planning.gpus import device_of_label
+from dpo_train.planning.shapes import shape
 from dpo_train.stages import prepare
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
@@ -138,3 +143,37 @@ def test_prepared_data_are_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["data"]["train_pairs"] == made.record.counts["pairs/train"]
     assert all(stage["seconds"] is None for stage in found["time"])
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("NVIDIA-A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA-A100-SXM4-40GB-MIG-1g.5gb", "A100-40"),
+        ("NVIDIA-H100-80GB-HBM3", "H100"),
+        ("NVIDIA-H200", "H200"),
+        ("Tesla-T4", "T4"),
+        ("NVIDIA-A10G", "A10G"),
+        ("NVIDIA-L40S", "L40S"),
+        ("NVIDIA-L4", "L4"),
+        ("NVIDIA-GeForce-RTX-4090", None),
+    ],
+)
+def test_a_nodes_label_names_its_gpu(label: str, expected: str | None) -> None:
+    found = device_of_label(label)
+    assert (None if found is None else found.name) == expected
+
+
+def test_a_run_that_would_not_fit_is_refused_before_it_is_submitted(tmp_path: Path) -> None:
+    """All weights of 8 billion on one GPU; with adapters it fits. What cannot be told is said."""
+    model = tmp_path / "llama-8b"
+    shape("llama-8b").save_pretrained(model)
+    config = tiny_config(tmp_path, model__path=str(model), compute__device="cuda", train__lora=None)
+    workers = replace(config.cluster.workers, gpu_type="NVIDIA-H100-80GB-HBM3")
+    full = replace(config, cluster=replace(config.cluster, workers=workers))
+    adapters = replace(full, train=replace(full.train, lora=LoraConfig(rank=16)))
+
+    with pytest.raises(ConfigError, match="does not fit on H100"):
+        check_fit(full)
+    assert check_fit(adapters).startswith("fits on H100")
+    assert "gpu_type=None names no GPU" in check_fit(config)
