@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -28,31 +27,21 @@ from dpo_train.config.kinds import STRICT, Count, option
 from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.data.pairs import Message
 from dpo_train.data.shards import Split
-from dpo_train.data.tokens import load_tokenizer
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import ConfigError
 from dpo_train.evaluate.statistics import difference
 from dpo_train.evaluate.trials import TRIALS_FILE
 from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
-from dpo_train.recipes.corpora import Snippet, film_snippets
-from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources, write_examples, write_lines
+from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources
 from dpo_train.recipes.ppo import PpoConfig, train_ppo
 from dpo_train.recipes.results import Claim, Figure, Point, Results, Series, above_at_equal, over_seeds
+from dpo_train.recipes.snippets import HELDOUT_FILE, PROMPTS_FILE, SFT_FILE, judges_snippets, policys_snippets
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.sample import RANKED_FILE, sample
 from dpo_train.stages.sft import with_model_of
 
 TITLE = "Controlled sentiment generation"
-SFT_FILE, PROMPTS_FILE, HELDOUT_FILE = "sft.jsonl", "prompts.jsonl", "heldout.jsonl"
-SHORTEST, LONGEST = 2, 8
-"""Tokens of a prompt (the paper, section 6.1)."""
-
-JUDGE_SHARE, HELDOUT_SHARE = 0.45, 0.15
-"""Of the films, for the judge and for held-out prompts; the rest is for the policy."""
-JUDGE_HELDOUT = 0.2
-"""Of the judge's films, kept apart to tell how good it is."""
-
 DEVIATIONS = (
     "SmolLM2-135M-Instruct in place of GPT-2-large, film-review snippets of Rotten Tomatoes (20 words on average) in "
     "place of IMDb reviews",
@@ -84,10 +73,11 @@ class Sizes:
 def run(flow: Flow) -> Results:
     """The whole experiment."""
     setting, sizes = flow.setting, flow.setting.sizes
-    corpus = flow.step("corpus", lambda _: _corpus(setting.config, sizes))
     base = setting.config
     if not setting.has_own_judge:
-        base = with_judge(base, flow.judge(corpus, base, layers=sizes.judge_layers))
+        examples = flow.step("examples", lambda _: judges_snippets(base, sizes.num_judge_snippets))
+        base = with_judge(base, flow.judge(examples, base, layers=sizes.judge_layers))
+    corpus = flow.step("corpus", lambda _: policys_snippets(setting.config, sizes))
     pairs = flow.stage("prepare", snippets := _of_snippets(base, corpus))
     fine_tuned = flow.stage("sft", snippets, prepare=pairs)
     reference = with_model_of(
@@ -113,83 +103,6 @@ def run(flow: Flow) -> Results:
     if sizes.num_ppo_episodes:
         methods.append(Series(name="PPO", points=tuple(_ppo(flow, config, scored, prompts, inputs))))
     return _results(flow, methods, swept)
-
-
-def _corpus(config: RunConfig, sizes: Sizes) -> Artifact:
-    """Snippets for the judge, for SFT, and prompts of which no film is in two parts."""
-    content = {**dataclasses.asdict(sizes), "seed": config.seed, "code": code_of("corpora", "sentiment")}
-    for name in ("best_of", "num_ppo_episodes", "ppo_points", "judge_layers", "answers"):
-        del content[name]
-
-    def body(out: Output) -> Summary:
-        chance = random.Random(config.seed)
-        judges, policys, heldout = _by_film(film_snippets(), chance)
-        examples, kept = _cut(judges, 1 - JUDGE_HELDOUT)
-        _need(examples, sizes.num_judge_snippets, "num_judge_snippets")
-        write_examples(
-            out,
-            (
-                ((), each.text, each.is_positive, is_heldout)
-                for part, is_heldout in ((examples[: sizes.num_judge_snippets], False), (kept[:1000], True))
-                for each in part
-            ),
-        )
-        tokenizer = load_tokenizer(model_folder(config.model.path))
-        begun = (_begin(each.text, tokenizer, chance) for each in policys)
-        parts = [part for part in begun if part is not None]
-        _need(parts, max(sizes.num_sft_snippets, sizes.num_prompts), "num_sft_snippets or num_prompts")
-        others = parts[1:] + parts[:1]
-        write_lines(
-            out.path / SFT_FILE,
-            (
-                # SFT reads the chosen answer alone; a pair has two.
-                {"prompt": prompt, "chosen": rest, "rejected": other}
-                for (prompt, rest), (_, other) in list(zip(parts, others, strict=True))[: sizes.num_sft_snippets]
-            ),
-        )
-        asked = list(dict.fromkeys(prompt for prompt, _ in parts))[: sizes.num_prompts]
-        write_lines(out.path / PROMPTS_FILE, ({"prompt": prompt} for prompt in asked))
-        others_begun = (_begin(each.text, tokenizer, chance) for each in heldout)
-        # Films differ, and yet half of all snippets begin with "the film".
-        unseen = list(dict.fromkeys(part[0] for part in others_begun if part is not None and part[0] not in set(asked)))
-        _need(unseen, sizes.num_heldout_prompts, "num_heldout_prompts")
-        write_lines(out.path / HELDOUT_FILE, ({"prompt": prompt} for prompt in unseen[: sizes.num_heldout_prompts]))
-        return Summary(details={"summary": f"{len(judges)} snippets for the judge, {len(policys)} for the policy"})
-
-    return make(config, "corpus", content, {"model": model_digest(config)}, body, output=None)
-
-
-def _by_film(snippets: Sequence[Snippet], chance: random.Random) -> tuple[list[Snippet], ...]:
-    films = sorted({each.film for each in snippets})
-    chance.shuffle(films)
-    parts = _cut(films, JUDGE_SHARE)
-    heldout = _cut(parts[1], HELDOUT_SHARE / (1 - JUDGE_SHARE))
-    whose = [set(parts[0]), set(heldout[1]), set(heldout[0])]
-    shuffled = list(snippets)
-    chance.shuffle(shuffled)
-    return tuple([each for each in shuffled if each.film in films_of] for films_of in whose)
-
-
-def _cut(items: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    place = round(len(items) * share)
-    return list(items[:place]), list(items[place:])
-
-
-def _need(found: Sequence[Any], number: int, key: str) -> None:
-    if len(found) < number:
-        raise DataError(
-            f"There are not so many film snippets as recipe.{key} asks for",
-            got=f"{len(found)} of {number}",
-            fix="lower it, or --scale",
-        )
-
-
-def _begin(text: str, tokenizer: Any, chance: random.Random) -> tuple[str, str] | None:
-    """A snippet as its first 2 to 8 tokens and the rest; None if it is too short, or its tokens are not its text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompt = tokenizer.decode(ids[: chance.randint(SHORTEST, LONGEST)])
-    rest = text[len(prompt) :]
-    return (prompt, rest) if text.startswith(prompt) and prompt.strip() and len(rest.split()) > 3 else None
 
 
 def _of_snippets(config: RunConfig, corpus: Artifact) -> RunConfig:

@@ -71,8 +71,9 @@ def test_sentiment_again_makes_nothing_anew(model: Path, folder: Path) -> None:
     done = dpo("recipe", "sentiment", "--folder", str(folder), "--model", str(model), *SENTIMENT)
 
     assert done.code == 0, done.output
-    newest = max((folder / "store" / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    events = [json.loads(line) for line in (newest / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = (folder / "store" / "runs").glob("*/events.jsonl")
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
+    events = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
     ends = [event for event in events if event["kind"] == "end"]
     assert len(ends) >= 10
     assert all(end["reused"] for end in ends)
