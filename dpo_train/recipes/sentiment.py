@@ -23,7 +23,7 @@ from annotated_types import Ge, Len
 
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RewardModelJudge, RunConfig, SourceConfig
-from dpo_train.config.kinds import STRICT, Count, option
+from dpo_train.config.kinds import STRICT, Count, Positive, option
 from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.data.pairs import Message
 from dpo_train.data.shards import Split
@@ -68,6 +68,9 @@ class Sizes:
     best_of: Annotated[tuple[Count, ...], Len(1)] = option(help="N of best-of-N")
     num_ppo_episodes: Annotated[int, Ge(0)] = option(help="answers that PPO learns from; 0: no PPO")
     ppo_points: Count = option(help="after how many equal parts of them it is measured")
+    ppo_learning_rate: Positive = option(help="of PPO's policy and value model, all weights of which are trained")
+    ppo_kl_coef: Annotated[float, Ge(0)] = option(help="reward that a nat of KL costs in PPO")
+    ppo_value_layers: Count = option(help="layers of the SFT model that PPO's value model keeps")
 
 
 def run(flow: Flow) -> Results:
@@ -172,6 +175,9 @@ def _ppo(
     batch = min(config.train.batch_pairs * 2, sizes.num_prompts)
     updates = max(1, round(sizes.num_ppo_episodes / batch))
     settings = PpoConfig(
+        learning_rate=sizes.ppo_learning_rate,
+        kl_coef=sizes.ppo_kl_coef,
+        value_layers=sizes.ppo_value_layers,
         batch=batch,
         mini_batches=1,
         total_episodes=updates * batch,
