@@ -222,7 +222,8 @@ def run_step(name: str, config: RunConfig, body: Callable[[Executor], Artifact])
     use_storage(config)
     with store_lock(local_copy(config.store), alone=False), told(reporter):
         artifact = body(executor(config))
-    _tell_end(reporter, artifact, start, summary(artifact))
+        what_came = summary(artifact)
+    _tell_end(reporter, artifact, start, what_came)
     return artifact
 
 

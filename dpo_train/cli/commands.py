@@ -221,6 +221,7 @@ def _explain(error: BaseException, display: Display) -> int:
         # kfp.local only says that a task failed; the task's own error came through its events.
         code, message = int(told["exit_code"]), told["message"]
     elif told is None and stage_name:
+        display.log_traceback(error)
         code, message = 1, "Its process ended without a word: it was killed (out of memory?), or the log says why."
     else:
         display.log_traceback(error)

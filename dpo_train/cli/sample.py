@@ -67,7 +67,8 @@ def sample(arguments: argparse.Namespace) -> int:
             shutil.copyfile(artifact.file(RANKED_FILE), arguments.target)
         except OSError as error:
             raise StoreError(f"{arguments.target} cannot be written: {error.strerror}") from None
-        print(f"wrote {arguments.target}; train on it with prepare.path={arguments.target} prepare.format=ranking")
+        print(f"wrote {arguments.target}: {artifact.record.details['summary']}")
+        print(f"to train on it: prepare.path={arguments.target} prepare.format=ranking prepare.pairing=all")
     return code
 
 

@@ -9,6 +9,7 @@ from dpo_train.data.formats.transcripts import prompt_turns
 from dpo_train.data.pairs import Message
 from dpo_train.errors import DataError
 
+_LINES = (".jsonl", ".ndjson")
 _EXPECTED = 'an object with `prompt`: a text, or messages [{"role": "user", "content": "..."}]'
 
 
@@ -18,10 +19,13 @@ def read_prompt_lines(text: str, name: str) -> list[tuple[Message, ...]]:
     Raises:
         DataError: a line is no prompt, or there is no prompt at all.
     """
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not name.endswith((*_LINES, ".txt")):
+        raise DataError(f"{name} is no file of prompts", expected=f"a name that ends in {', '.join(_LINES)} or .txt")
+    # A text may hold other characters that `splitlines` takes for the end of a line.
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"There are no prompts in {name}", got="an empty file", expected=_EXPECTED + " in each line")
-    if not name.endswith((".jsonl", ".ndjson")):
+    if not name.endswith(_LINES):
         return [(Message("user", line),) for _, line in lines]
     return [_prompt(line, f"{name}, line {number}") for number, line in lines]
 

@@ -16,15 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dpo_train.artifacts import Artifact, Output, Summary
+from dpo_train.artifacts import Artifact, Output, Summary, discard
 from dpo_train.config import EndpointJudge, RunConfig
 from dpo_train.data.shards import Split, list_sums
-from dpo_train.errors import ConfigError
+from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.evaluate import judge as judging
 from dpo_train.evaluate.samples import divergence, turn_ends
 from dpo_train.evaluate.statistics import Means, number_groups, wilson
 from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
+from dpo_train.recipes.flow import code_of
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.evaluate_judge import reward_answers
 from dpo_train.stages.evaluate_models import WORK, Asked, ask, prompt_tables
@@ -32,7 +33,7 @@ from dpo_train.stages.evaluate_samples import answer_tables, distinct_prompts
 from dpo_train.stages.executor import Executor
 from dpo_train.stages.with_model import PARTS
 
-ANSWERS_FILE = "answers.parquet"
+ANSWERS_FILE, REWARDS_FILE = "answers.parquet", "rewards.json"
 
 _COLUMNS = ("pair_id", "group", "dataset", "prompt", "prompt_ids", "chosen", "chosen_ids", "truncated_chosen")
 
@@ -62,7 +63,8 @@ class Answers:
             return Estimate(value=0.0, low=0.0, high=0.0, n=len(rows))
         ratios = rows["log_ratio"].to_numpy()
         found = divergence(ratios, np.zeros_like(ratios), np.ones_like(ratios), rows["pair_id"].to_pylist())
-        assert found is not None, "there are several prompts"
+        if found is None:
+            raise RunError("One prompt says nothing about the spread of the KL", fix="ask more held-out prompts")
         return found.kl
 
     def best_of(self, number: int, temperature: float = 1.0) -> pa.Table:
@@ -95,29 +97,47 @@ def win_rate(ours: pa.Table, theirs: Mapping[str, float | None]) -> Estimate:
         for pair_id, reward in zip(rows["pair_id"].to_pylist(), rows["reward"].to_pylist(), strict=True)
     ]
     won = [(a > b) + 0.5 * (a == b) for a, b in pairs if a is not None and b is not None]
+    if not won:
+        raise RunError("The judge rewards none of the answers with a number", fix="mend evaluate.judge")
     return wilson(float(sum(won)), float(len(won)), n=len(won))
 
 
 def heldout_prompts(scored: Artifact, split: str, count: int, *, dataset: int | None = None) -> pa.Table:
     """A pair of each of ``count`` prompts; of the source of that number alone, if one is given."""
     pairs = Split(scored, split).table(_COLUMNS)
-    return distinct_prompts(pairs if dataset is None else pairs.filter(pc.equal(pairs["dataset"], dataset)), count)
+    found = distinct_prompts(pairs if dataset is None else pairs.filter(pc.equal(pairs["dataset"], dataset)), count)
+    if len(found) < 2:
+        which = "" if dataset is None else f" of source {dataset}"
+        raise DataError(
+            f"There are too few {split} prompts{which} to measure anything on",
+            got=len(found),
+            expected="many, at least 2",
+        )
+    return found
 
 
 def rewards_of_chosen(
     config: RunConfig, prompts: pa.Table, executor: Executor, *, inputs: Mapping[str, str]
-) -> dict[str, float | None]:
-    """By pair_id the reward of the answer that the data prefer. ``inputs`` name the prompts."""
+) -> Artifact:
+    """The reward of each prompt's chosen answer; see ``read_rewards``. ``inputs`` name the prompts."""
 
     def body(out: Output) -> Summary:
         wanted = list(zip(prompts["pair_id"].to_pylist(), prompts["chosen"].to_pylist(), strict=True))
         found = _rewards(config, prompts, wanted, executor, Reporter.from_environment("answers"))
-        out.write_json("rewards.json", {pair_id: found[pair_id, answer] for pair_id, answer in wanted})
+        out.write_json(REWARDS_FILE, {pair_id: found[pair_id, answer] for pair_id, answer in wanted})
         return Summary(details={"summary": f"{len(wanted)} chosen answers rewarded"})
 
-    content = {"judge": dict(_identity(config)), "prompts": prompts["pair_id"].to_pylist()}
-    artifact = make(config, "chosen", content, inputs, body, output=None)
-    found: dict[str, float | None] = json.loads(artifact.file("rewards.json").read_text(encoding="utf-8"))
+    content = {
+        "judge": dict(_identity(config)),
+        "prompts": prompts["pair_id"].to_pylist(),
+        "code": code_of("answers"),
+    }
+    return make(config, "chosen", content, inputs, body, output=None)
+
+
+def read_rewards(artifact: Artifact) -> dict[str, float | None]:
+    """What ``rewards_of_chosen`` has found, by pair_id."""
+    found: dict[str, float | None] = json.loads(artifact.file(REWARDS_FILE).read_text(encoding="utf-8"))
     return found
 
 
@@ -162,6 +182,7 @@ def answers(
         "seed": config.seed,
         "max_sample_tokens": config.evaluate.max_sample_tokens,
         "judge": dict(_identity(config)),
+        "code": code_of("answers"),
     }
 
     def body(out: Output) -> Summary:
@@ -187,7 +208,11 @@ def answers(
         pq.write_table(table.append_column("log_ratio", ratios), out.path / ANSWERS_FILE, compression="zstd")
         return Summary(counts={"answers": len(table)}, details={"summary": f"{len(table)} answers"})
 
-    return make(config, "answers", content, inputs, body, output=None, resumable=True, scratch=(WORK, PARTS))
+    made = make(config, "answers", content, inputs, body, output=None, resumable=True, scratch=(WORK, PARTS))
+    if not made.reused:
+        for scratch in (WORK, PARTS):
+            discard(made.home, scratch, tell=reporter.message)
+    return made
 
 
 def read(artifact: Artifact) -> Answers:
@@ -260,4 +285,6 @@ def _first(rows: pa.Table) -> pa.Table:
 def _mean(rewards: pa.ChunkedArray) -> Estimate:
     """Of rewards that there are, one to a prompt."""
     values_N = rewards.drop_null().to_numpy()
+    if not len(values_N):
+        raise RunError("The judge rewards none of the answers with a number", fix="mend evaluate.judge")
     return Means({"": values_N}, number_groups([str(place) for place in range(len(values_N))]), seed=0).mean("")

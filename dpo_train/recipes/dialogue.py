@@ -29,13 +29,9 @@ TASK = Task(
     title="Single-turn dialogue",
     records=records,
     others=None,
-    corpora=("dialogue",),
+    papers_model="Pythia-2.8B",
     deviations=(
         "conversations of two people (chitchat-dataset) in place of Anthropic's HH; the preferences are constructed: "
         "the reply that was given is preferred over one from another conversation",
-        "SmolLM2-135M-Instruct in place of Pythia-2.8B; LoRA of rank 16 in place of full fine-tuning",
-        "the judge is a linear probe on the untrained model's hidden states, trained on conversations of its own, in "
-        "place of GPT-4",
-        "answers of at most 48 tokens; best of 4 in place of best of 128",
     ),
 )

@@ -21,11 +21,13 @@ from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RewardModelJudge, RunConfig, SourceConfig, parse_config, to_dict
 from dpo_train.data.folder import MODEL_FOLDER, model_folder
 from dpo_train.decoding import apply_override, decode, parse_yaml
+from dpo_train.errors import ConfigError
 from dpo_train.identity import code_version, library_versions
 from dpo_train.model.load import select_device
 from dpo_train.recipes.probe import train_probe
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.executor import Executor
+from dpo_train.tracking.client import redacted_addresses
 
 MODEL = "smollm2-135m-instruct"
 EXAMPLES_FILE = "examples.jsonl"
@@ -45,6 +47,29 @@ class Setting:
     has_own_data: bool
     """Whether the user has named data to take instead of the recipe's."""
     has_own_judge: bool
+
+    @property
+    def training(self) -> str:
+        """The DPO training in words."""
+        section = self.config.train
+        what = "all weights" if section.lora is None else f"LoRA of rank {section.lora.rank}"
+        name = {"adamw": "AdamW", "rmsprop": "RMSprop"}[section.optimizer]
+        return f"{what}, {name} at {section.learning_rate:g}, {section.batch_pairs} pairs a step"
+
+    @property
+    def model(self) -> str:
+        """The model's name in words."""
+        return self.config.model.path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def judge(self) -> str:
+        """Who rewards, in words."""
+        if self.has_own_judge:
+            return "a judge of the user's own"
+        return (
+            f"a linear probe on the untrained model's hidden states after {self.sizes.judge_layers} layers, trained on "
+            "texts of its own"
+        )
 
 
 def load(
@@ -66,6 +91,11 @@ def load(
     tree["model"] = {"path": model or str(folder / "assets" / MODEL)}
     for override in overrides:
         apply_override(tree, override)
+    for key in ("recipe", "prepare", "evaluate"):
+        if not isinstance(tree.get(key), dict):
+            raise ConfigError(
+                f"recipe {name}: {key!r} is a section", got=repr(tree.get(key)), expected=f"{key}.KEY=VALUE"
+            )
     section, prepare, evaluate = tree.pop("recipe"), tree["prepare"], tree["evaluate"]
     has_own_data, has_own_judge = "path" in prepare or "sources" in prepare, "judge" in evaluate
     # What is made later; until then it is not there.
@@ -92,20 +122,27 @@ class Flow:
     def __init__(self, setting: Setting, run_id: str) -> None:
         self.setting, self.run_id = setting, run_id
         self.executor: Executor = launch.executor(setting.config)
+        self.notes: list[str] = []
+        """What to know about the results."""
 
     def stage(self, name: str, config: RunConfig, **inputs: Artifact) -> Artifact:
         """An arrow of the pipeline."""
         return launch.run_stage(name, config, inputs, run_id=self.run_id)
 
+    def tell_fewer(self, made: Artifact) -> None:
+        """Notes which counts of an output are smaller than the recipe's sizes of that name: there is no more."""
+        for name, number in made.record.counts.items():
+            if number < (wanted := getattr(self.setting.sizes, name)):
+                self.notes.append(f"recipe.{name} asks for {wanted}, and there are {number}")
+
     def step(self, name: str, body: Callable[[Executor], Artifact]) -> Artifact:
         """Work of the recipe that makes an output and is no arrow of the pipeline."""
         return launch.run_step(name, self.setting.config, body)
 
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on, and where they were made."""
-        config = self.setting.config
+    def identity(self, config: RunConfig) -> dict[str, Any]:
+        """What the results depend on, and where they were made. ``config``: with the data and the judge that it had."""
         return {
-            "config": to_dict(config),
+            "config": redacted_addresses(to_dict(config)),
             "recipe": dataclasses.asdict(self.setting.sizes),
             "model": model_digest(config),
             "code": code_version(),
@@ -121,11 +158,12 @@ class Flow:
             examples: an output with ``EXAMPLES_FILE``, from ``write_examples``.
             config: its model is the one that is probed, as it was before any training.
         """
-        content = {"layers": layers, "seed": config.seed, "code": code_of("probe")}
+        chat = config.prepare.template == "chat"
+        content = {"layers": layers, "seed": config.seed, "chat": chat, "code": code_of("probe")}
         inputs = {"examples": examples.record.digest, "model": model_digest(config)}
 
         def body(out: Output) -> Summary:
-            rows = [json.loads(line) for line in examples.file(EXAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
+            rows = read_lines(examples.file(EXAMPLES_FILE))
             parts = {
                 is_heldout: [
                     (row["prompt"], row["answer"], row["good"]) for row in rows if row["heldout"] is is_heldout
@@ -139,14 +177,14 @@ class Flow:
                 heldout=parts[True],
                 layers=layers,
                 device=select_device(config.compute.device),
-                chat=config.prepare.template == "chat",
+                chat=chat,
                 seed=config.seed,
             )
             told = f"accuracy {found.accuracy:.3f}, AUC {found.auc:.3f} on {found.n} unseen answers"
             return Summary(details={"summary": told, **dataclasses.asdict(found)})
 
         made = self.step("judge", lambda _: make(config, "judge", content, inputs, body, output=None))
-        return RewardModelJudge(kind="reward_model", path=str(made.path / MODEL_FOLDER), max_tokens=512)
+        return RewardModelJudge(kind="reward_model", path=str(made.path / MODEL_FOLDER))
 
 
 def write_examples(out: Output, examples: Iterable[tuple[Sequence[Mapping[str, str]], str, bool, bool]]) -> None:
@@ -164,6 +202,20 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for record in records:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What ``write_lines`` has written."""
+    # A text may hold characters that `splitlines` takes for the end of a line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def digest_of(records: Iterable[Any]) -> str:
+    """Of records that packages brought: another release of theirs may bring others."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def code_of(*modules: str) -> str:

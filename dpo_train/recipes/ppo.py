@@ -177,7 +177,8 @@ def train_ppo(
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], known: Container[int]) -> str:
-    """The text of an answer as the judge is given it: that of ``evaluate.generate``.
+    """The text of an answer as the judge is given it: that of ``evaluate.generate`` where the tokenizer keeps the blank
+    that a text begins with, as byte-level ones do. Prompts are plain text: no chat template is read.
 
     Args:
         ids: with the end token or, in an answer that was cut short, without.

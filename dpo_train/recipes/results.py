@@ -93,17 +93,17 @@ class Results:
 
 
 def at_equal(x: float, points: Sequence[Point]) -> Estimate | None:
-    """y of a line through points, at x; None beside them. Both neighbours count as independent, which they are not
-    quite (they answer the same prompts), so that the interval is rather too wide."""
+    """y of a line through points, at x; None beside them. The neighbours answer the same prompts, so that their mean is
+    no surer than they are. That x is an estimate itself is left out."""
     ordered = sorted(points, key=lambda point: point.place)
     for left, right in itertools.pairwise(ordered):
         if left.place <= x <= right.place:
             width = right.place - left.place
             share = (x - left.place) / width if width else 0.5
-            value = (1 - share) * left.y.value + share * right.y.value
-            below = math.hypot((1 - share) * (left.y.value - left.y.low), share * (right.y.value - right.y.low))
-            above = math.hypot((1 - share) * (left.y.high - left.y.value), share * (right.y.high - right.y.value))
-            return Estimate(value=value, low=value - below, high=value + above, n=min(left.y.n, right.y.n))
+            value, low, high = (
+                (1 - share) * getattr(left.y, end) + share * getattr(right.y, end) for end in ("value", "low", "high")
+            )
+            return Estimate(value=value, low=low, high=high, n=min(left.y.n, right.y.n))
     return None
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from annotated_types import Ge, Len
 
 from dpo_train.artifacts import Artifact, Output, Summary
-from dpo_train.config import RewardModelJudge, RunConfig, SourceConfig
+from dpo_train.config import LogUniform, RewardModelJudge, RunConfig, SourceConfig
 from dpo_train.config.kinds import STRICT, Count, Positive, option
 from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.data.pairs import Message
@@ -33,8 +33,9 @@ from dpo_train.evaluate.trials import TRIALS_FILE
 from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
-from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources
+from dpo_train.recipes.flow import Flow, Setting, code_of, read_lines, with_judge, with_sources
 from dpo_train.recipes.ppo import PpoConfig, train_ppo
+from dpo_train.recipes.ratings import rated
 from dpo_train.recipes.results import Claim, Figure, Point, Results, Series, above_at_equal, over_seeds
 from dpo_train.recipes.snippets import HELDOUT_FILE, PROMPTS_FILE, SFT_FILE, judges_snippets, policys_snippets
 from dpo_train.stages.common import make, model_digest
@@ -42,15 +43,8 @@ from dpo_train.stages.sample import RANKED_FILE, sample
 from dpo_train.stages.sft import with_model_of
 
 TITLE = "Controlled sentiment generation"
-DEVIATIONS = (
-    "SmolLM2-135M-Instruct in place of GPT-2-large, film-review snippets of Rotten Tomatoes (20 words on average) in "
-    "place of IMDb reviews",
-    "the ground-truth reward is a linear probe on the model's own hidden states, trained on films that nothing else "
-    "sees, in place of a fine-tuned RoBERTa; its log-odds are the reward, where the paper takes the probability",
-    "answers of at most 24 tokens; KL is that of such answers",
-    "LoRA of rank 16 with AdamW at 5e-4 in place of full fine-tuning with RMSprop at 1e-6, for fewer steps",
-    "the Unlikelihood baseline has weight 1 throughout; the paper tries 0.5 and 1",
-)
+FEWEST_EPISODES = 8
+"""Of an update of PPO: TRL whitens the rewards of no fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +67,49 @@ class Sizes:
     ppo_value_layers: Count = option(help="layers of the SFT model that PPO's value model keeps")
 
 
+def check(setting: Setting) -> None:
+    """What can be known to be wrong before anything is run.
+
+    Raises:
+        ConfigError: the data, the judge or the sweep are not this recipe's; or PPO cannot be done so.
+    """
+    sizes, sweep, judge = setting.sizes, setting.config.sweep, setting.config.evaluate.judge
+    if setting.has_own_data:
+        raise ConfigError(
+            "The recipe sentiment makes its own preferences, and reads no others",
+            got="prepare.path or prepare.sources",
+            fix="leave them out; `dpo sample` does the same with prompts of your own",
+        )
+    if set(sweep.space) != {"beta"} or isinstance(sweep.betas, LogUniform):
+        raise ConfigError(
+            "The recipe sentiment compares betas from a list, and varies nothing else",
+            got=", ".join(sweep.space) or "nothing to vary",
+            fix="set sweep.betas=[...], and none of sweep.losses, learning_rates, epochs, lora_ranks",
+        )
+    if sizes.num_ppo_episodes and not isinstance(judge, RewardModelJudge):
+        raise ConfigError(
+            "PPO learns from a reward model, and evaluate.judge is none",
+            fix="set evaluate.judge to kind: reward_model, or recipe.num_ppo_episodes=0",
+        )
+    if sizes.num_ppo_episodes and sizes.num_prompts < FEWEST_EPISODES:
+        raise ConfigError(
+            "PPO needs more prompts for an update",
+            got=f"recipe.num_prompts={sizes.num_prompts}",
+            expected=f"at least {FEWEST_EPISODES}",
+        )
+
+
 def run(flow: Flow) -> Results:
     """The whole experiment."""
     setting, sizes = flow.setting, flow.setting.sizes
     base = setting.config
     if not setting.has_own_judge:
-        examples = flow.step("examples", lambda _: judges_snippets(base, sizes.num_judge_snippets))
+        examples = flow.step("examples", lambda _: judges_snippets(setting.config, sizes.num_judge_snippets))
+        flow.tell_fewer(examples)
         base = with_judge(base, flow.judge(examples, base, layers=sizes.judge_layers))
+        flow.notes.append(rated(flow, base))
     corpus = flow.step("corpus", lambda _: policys_snippets(setting.config, sizes))
+    flow.tell_fewer(corpus)
     pairs = flow.stage("prepare", snippets := _of_snippets(base, corpus))
     fine_tuned = flow.stage("sft", snippets, prepare=pairs)
     reference = with_model_of(
@@ -105,7 +134,7 @@ def run(flow: Flow) -> Results:
     ]
     if sizes.num_ppo_episodes:
         methods.append(Series(name="PPO", points=tuple(_ppo(flow, config, scored, prompts, inputs))))
-    return _results(flow, methods, swept)
+    return _results(flow, config, methods, swept)
 
 
 def _of_snippets(config: RunConfig, corpus: Artifact) -> RunConfig:
@@ -114,8 +143,7 @@ def _of_snippets(config: RunConfig, corpus: Artifact) -> RunConfig:
 
 def _sampled(flow: Flow, config: RunConfig, corpus: Artifact, name: str) -> Artifact:
     """The SFT model's answers to prompts, with their rewards."""
-    lines = corpus.file(name).read_text(encoding="utf-8").splitlines()
-    prompts = [(Message("user", json.loads(line)["prompt"]),) for line in lines]
+    prompts = [(Message("user", record["prompt"]),) for record in read_lines(corpus.file(name))]
     count = flow.setting.sizes.answers
     return flow.step("sample", lambda executor: sample(config, prompts, executor, count=count))
 
@@ -166,12 +194,7 @@ def _ppo(
 ) -> Iterator[Point]:
     """PPO's policies on the way, asked like all others."""
     sizes, judge = flow.setting.sizes, config.evaluate.judge
-    if not isinstance(judge, RewardModelJudge):
-        raise ConfigError(
-            "PPO learns from a reward model, and the judge is none",
-            got=f"kind: {judge.kind if judge else None}",
-            expected="evaluate.judge of kind reward_model, or recipe.num_ppo_episodes=0",
-        )
+    assert isinstance(judge, RewardModelJudge), "checked before"
     batch = min(config.train.batch_pairs * 2, sizes.num_prompts)
     updates = max(1, round(sizes.num_ppo_episodes / batch))
     settings = PpoConfig(
@@ -211,7 +234,7 @@ def _ppo(
         yield Point(label=f"PPO, {episodes} episodes", x=read(said).kl(), y=read(said).reward())
 
 
-def _results(flow: Flow, methods: Sequence[Series], swept: Artifact) -> Results:
+def _results(flow: Flow, config: RunConfig, methods: Sequence[Series], swept: Artifact) -> Results:
     by_name = {series.name: series.points for series in methods}
     line = (*by_name["SFT"], *by_name["DPO"])
     claims = [
@@ -238,9 +261,29 @@ def _results(flow: Flow, methods: Sequence[Series], swept: Artifact) -> Results:
             ),
         ),
         claims=(*claims, *gained),
-        deviations=DEVIATIONS,
-        identity=flow.identity(),
+        deviations=_deviations(flow.setting),
+        notes=tuple(flow.notes),
+        identity=flow.identity(config),
     )
+
+
+def _deviations(setting: Setting) -> tuple[str, ...]:
+    found = [
+        f"{setting.model} in place of GPT-2-large, film-review snippets of Rotten Tomatoes (20 words on average) in "
+        "place of IMDb reviews",
+        f"the ground-truth reward is that of {setting.judge} (log-odds of being positive), in place of a fine-tuned "
+        "RoBERTa's probability",
+        f"answers of at most {setting.config.evaluate.max_sample_tokens} tokens; KL is that of such answers",
+        f"DPO and its baselines: {setting.training}, in place of all weights with RMSprop at 1e-6 and batches of 64",
+        f"Unlikelihood has weight {setting.config.train.unlikelihood_alpha:g} throughout; the paper tries several",
+        "best-of-N's KL is a bound from above, which is to DPO's advantage at equal KL",
+    ]
+    if setting.sizes.num_ppo_episodes:
+        found.append(
+            f"PPO has one seed, one KL coefficient and one learning rate ({setting.sizes.ppo_learning_rate:g}), tuned "
+            f"for nothing, and {setting.sizes.num_ppo_episodes} episodes"
+        )
+    return tuple(found)
 
 
 def _ends(points: Sequence[Point]) -> list[Point]:

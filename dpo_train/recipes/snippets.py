@@ -14,9 +14,8 @@ from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig
 from dpo_train.data.folder import model_folder
 from dpo_train.data.tokens import load_tokenizer
-from dpo_train.errors import DataError
 from dpo_train.recipes.corpora import Snippet, film_snippets
-from dpo_train.recipes.flow import code_of, write_examples, write_lines
+from dpo_train.recipes.flow import code_of, digest_of, write_examples, write_lines
 from dpo_train.stages.common import make, model_digest
 
 SFT_FILE, PROMPTS_FILE, HELDOUT_FILE = "sft.jsonl", "prompts.jsonl", "heldout.jsonl"
@@ -27,6 +26,8 @@ JUDGE_SHARE, HELDOUT_SHARE = 0.45, 0.15
 """Of the films, for the judge and for held-out prompts; the rest is for the policy."""
 JUDGE_HELDOUT, MOST_JUDGE_HELDOUT = 0.2, 1000
 """Of the judge's snippets, kept apart to tell how good it is."""
+
+_COUNTS = ("num_sft_snippets", "num_prompts", "num_heldout_prompts")
 
 Item = TypeVar("Item")
 
@@ -40,35 +41,30 @@ class Counts(Protocol):
 
 
 def judges_snippets(config: RunConfig, number: int) -> Artifact:
-    """Examples for a probe: snippets that praise or pan.
-
-    Raises:
-        DataError: there are not so many.
-    """
+    """Examples for a probe: so many snippets that praise or pan, or all that there are; ``counts`` says how many."""
+    snippets = film_snippets()
 
     def body(out: Output) -> Summary:
-        judges, _, _ = _by_film(config.seed)
+        judges, _, _ = _by_film(snippets, config.seed)
         kept, examples = _cut(judges, JUDGE_HELDOUT)
-        chosen = _first(examples, number, "num_judge_snippets")
+        chosen = examples[:number]
         parts = ((chosen, False), (kept[:MOST_JUDGE_HELDOUT], True))
         write_examples(
             out, (((), each.text, each.is_positive, is_heldout) for part, is_heldout in parts for each in part)
         )
-        return Summary(details={"summary": f"{number} snippets"})
+        return Summary(counts={"num_judge_snippets": len(chosen)}, details={"summary": f"{len(chosen)} snippets"})
 
-    content = {"number": number, "seed": config.seed, "code": code_of("corpora", "snippets")}
-    return make(config, "examples", content, {}, body, output=None)
+    content = {"number": number, "seed": config.seed, "code": code_of("snippets")}
+    return make(config, "examples", content, {"data": _digest(snippets)}, body, output=None)
 
 
 def policys_snippets(config: RunConfig, counts: Counts) -> Artifact:
-    """Snippets for SFT as preference records, and prompts to train on and to measure on.
-
-    Raises:
-        DataError: there are not so many.
-    """
+    """Snippets for SFT as preference records, and prompts to train on and to measure on: so many, or all that there
+    are; ``counts`` says how many."""
+    snippets = film_snippets()
 
     def body(out: Output) -> Summary:
-        _, policys, heldout = _by_film(config.seed)
+        _, policys, heldout = _by_film(snippets, config.seed)
         chance = random.Random(config.seed)
         tokenizer = load_tokenizer(model_folder(config.model.path))
         parts = list(_begun(policys, tokenizer, chance))
@@ -76,49 +72,50 @@ def policys_snippets(config: RunConfig, counts: Counts) -> Artifact:
         records = [
             {"prompt": prompt, "chosen": rest, "rejected": other}
             for (prompt, rest), (_, other) in zip(parts, parts[1:] + parts[:1], strict=True)
-        ]
-        write_lines(out.path / SFT_FILE, _first(records, counts.num_sft_snippets, "num_sft_snippets"))
+        ][: counts.num_sft_snippets]
         seen = list(dict.fromkeys(prompt for prompt, _ in parts))
-        asked = _first(seen, counts.num_prompts, "num_prompts")
         # Films differ, and yet many snippets begin with "the film".
         others = dict.fromkeys(prompt for prompt, _ in _begun(heldout, tokenizer, chance) if prompt not in set(seen))
-        unseen = _first(list(others), counts.num_heldout_prompts, "num_heldout_prompts")
+        asked, unseen = seen[: counts.num_prompts], list(others)[: counts.num_heldout_prompts]
+        write_lines(out.path / SFT_FILE, records)
         for name, prompts in ((PROMPTS_FILE, asked), (HELDOUT_FILE, unseen)):
             write_lines(out.path / name, ({"prompt": prompt} for prompt in prompts))
-        return Summary(details={"summary": f"{counts.num_sft_snippets} snippets, {len(asked)} + {len(unseen)} prompts"})
+        found = dict(zip(_COUNTS, (len(records), len(asked), len(unseen)), strict=True))
+        told = f"{len(records)} snippets, {len(asked)} prompts and {len(unseen)} held-out ones"
+        return Summary(counts=found, details={"summary": told})
 
-    names = ("num_sft_snippets", "num_prompts", "num_heldout_prompts")
-    content = {name: getattr(counts, name) for name in names}
-    content |= {"seed": config.seed, "code": code_of("corpora", "snippets")}
-    return make(config, "corpus", content, {"model": model_digest(config)}, body, output=None)
+    content = {name: getattr(counts, name) for name in _COUNTS} | {"seed": config.seed, "code": code_of("snippets")}
+    inputs = {"model": model_digest(config), "data": _digest(snippets)}
+    return make(config, "corpus", content, inputs, body, output=None)
 
 
-def _by_film(seed: int) -> tuple[list[Snippet], list[Snippet], list[Snippet]]:
+def not_the_judges(snippets: Sequence[Snippet], seed: int) -> list[Snippet]:
+    """Those of films of which the judge has seen nothing."""
+    _, policys, heldout = _by_film(snippets, seed)
+    return [*policys, *heldout]
+
+
+def _digest(snippets: Sequence[Snippet]) -> str:
+    return digest_of([each.text, each.is_positive, each.film] for each in snippets)
+
+
+def _by_film(snippets: Sequence[Snippet], seed: int) -> tuple[list[Snippet], list[Snippet], list[Snippet]]:
     """The judge's, the policy's and the held-out snippets."""
-    snippets, chance = film_snippets(), random.Random(seed)
+    chance = random.Random(seed)
     films = sorted({each.film for each in snippets})
     chance.shuffle(films)
     judges, rest = _cut(films, JUDGE_SHARE)
     heldout, policys = _cut(rest, HELDOUT_SHARE / (1 - JUDGE_SHARE))
-    chance.shuffle(snippets)
+    shuffled = list(snippets)
+    chance.shuffle(shuffled)
     whose = (set(part) for part in (judges, policys, heldout))
-    first, second, third = ([each for each in snippets if each.film in part] for part in whose)
+    first, second, third = ([each for each in shuffled if each.film in part] for part in whose)
     return first, second, third
 
 
 def _cut(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     place = round(len(items) * share)
     return list(items[:place]), list(items[place:])
-
-
-def _first(found: Sequence[Item], number: int, key: str) -> list[Item]:
-    if len(found) < number:
-        raise DataError(
-            f"There are not so many film snippets as recipe.{key} asks for",
-            got=f"{len(found)} of {number}",
-            fix="lower it, or --scale",
-        )
-    return list(found[:number])
 
 
 def _begun(snippets: Sequence[Snippet], tokenizer: Any, chance: random.Random) -> Iterator[tuple[str, str]]:

@@ -41,14 +41,11 @@ TASK = Task(
     title="Summarisation",
     records=records,
     others=others,
-    corpora=("summarise",),
+    papers_model="GPT-J",
     deviations=(
         "descriptions and synopses of Debian packages in place of Reddit's TL;DR; the preferences are constructed: a "
         "text's own synopsis is preferred over another's",
-        "docstrings of Python functions in place of CNN/DailyMail, as the domain that is not trained on",
-        "SmolLM2-135M-Instruct in place of GPT-J; LoRA of rank 16 in place of full fine-tuning",
-        "the judge is a linear probe on the untrained model's hidden states, trained on packages of its own, in place "
-        "of GPT-4; of docstrings it has seen none",
-        "answers of at most 32 tokens; best of 4 in place of best of 128",
+        "docstrings of Python functions, of which the judge has seen none either, in place of CNN/DailyMail as the "
+        "domain that is not trained on",
     ),
 )

@@ -9,6 +9,7 @@ held-out prompts --base, Preferred-FT, best-of-N of it, DPO: over temperatures--
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -22,9 +23,26 @@ from dpo_train.config.kinds import STRICT, Count, Positive, option
 from dpo_train.data.shards import Split
 from dpo_train.evaluate.statistics import difference
 from dpo_train.findings import Estimate
-from dpo_train.recipes.along import policies
-from dpo_train.recipes.answers import Answers, answers, heldout_prompts, read, rewards_of_chosen, win_rate
-from dpo_train.recipes.flow import Flow, code_of, with_judge, with_sources, write_examples, write_lines
+from dpo_train.recipes.along import policy_after, steps_of
+from dpo_train.recipes.answers import (
+    Answers,
+    answers,
+    heldout_prompts,
+    read,
+    read_rewards,
+    rewards_of_chosen,
+    win_rate,
+)
+from dpo_train.recipes.flow import (
+    Flow,
+    Setting,
+    code_of,
+    digest_of,
+    with_judge,
+    with_sources,
+    write_examples,
+    write_lines,
+)
 from dpo_train.recipes.results import Claim, Figure, Point, Results, Series
 from dpo_train.stages.common import make
 from dpo_train.stages.executor import Executor
@@ -35,6 +53,8 @@ PAIRS_FILE, OTHERS_FILE = "pairs.jsonl", "others.jsonl"
 OTHERS = "another domain"
 FEW_PAIRS = 32
 """Of the judge's, measured at the end of trainings."""
+FEW = 0.05
+"""Share of the groups for validation where no judge is trained on them."""
 JUDGE_HELDOUT = 0.2
 """Of the judge's pairs, kept apart to tell how good it is."""
 
@@ -64,47 +84,63 @@ class Task:
     """Seed to preference records {prompt, chosen, rejected, group}."""
     others: Callable[[int], Iterable[Mapping[str, Any]]] | None
     """The same of a domain that is not trained on; None: there is none."""
-    corpora: tuple[str, ...]
-    """Modules of recipes that decide the records."""
+    papers_model: str
     deviations: tuple[str, ...]
+    """Of its data."""
 
 
 def run(flow: Flow, task: Task) -> Results:
     """The whole experiment."""
-    sizes, config = flow.setting.sizes, flow.setting.config
-    config = dataclasses.replace(
-        config, prepare=dataclasses.replace(config.prepare, max_train_pairs=sizes.num_train_pairs)
-    )
-    if not flow.setting.has_own_data:
-        corpus = flow.step("corpus", lambda _: _corpus(flow.setting.config, task))
+    setting, sizes, config = flow.setting, flow.setting.sizes, flow.setting.config
+    prepare = dataclasses.replace(config.prepare, max_train_pairs=sizes.num_train_pairs)
+    if setting.has_own_judge:
+        prepare = dataclasses.replace(prepare, validation_fraction=FEW)
+    config = dataclasses.replace(config, prepare=prepare)
+    if not setting.has_own_data:
+        corpus = flow.step("corpus", lambda _: _corpus(setting.config, task))
         config = with_sources(config, *_sources(corpus))
-    if not flow.setting.has_own_judge:
-        config = with_judge(config, flow.judge(_examples(flow, config, sizes), config, layers=sizes.judge_layers))
+    if not setting.has_own_judge:
+        examples = _examples(flow, config, sizes)
+        flow.tell_fewer(examples)
+        config = with_judge(config, flow.judge(examples, config, layers=sizes.judge_layers))
     untrained = config.model.path
     pairs = flow.stage("prepare", config := _with_validation(config, FEW_PAIRS))
+    if (number := pairs.record.counts["pairs/train"]) < sizes.num_train_pairs:
+        flow.notes.append(f"recipe.num_train_pairs asks for {sizes.num_train_pairs}, and there are {number}")
     fine_tuned = flow.stage("sft", config, prepare=pairs)
     scored = flow.stage("score_reference", config, sft=fine_tuned, prepare=pairs)
     off = dataclasses.replace(config.sft, enabled=False)
     config = with_model_of(fine_tuned.home, dataclasses.replace(config, sft=off))
-    along = list(policies(config, scored, flow.executor, parts=sizes.steps))
+    *way, end = steps_of(config, scored, sizes.steps)
+    along = [
+        (step, flow.step(f"DPO, {step} steps", functools.partial(policy_after, config, scored, step=step)))
+        for step in way
+    ]
     policy = flow.stage("train", config, score_reference=scored)
     ask = _Asking(flow=flow, config=config, scored=scored)
     sets = {name: ask.everyone(place, policy, untrained) for place, name in enumerate(set_names(config))}
-    steps = [(0, sets[next(iter(sets))].said["Preferred-FT"])]
-    steps += [(step, ask.policy(0, each, f"after {step} steps")) for step, each in along]
-    return _results(flow, task, sets, steps)
+    first = sets[next(iter(sets))].said
+    steps = [
+        (0, first["Preferred-FT"]),
+        *((step, ask.policy(0, each, f"after {step} steps")) for step, each in along),
+        (end, first["DPO"]),
+    ]
+    return _results(flow, config, task, sets, steps)
 
 
 def _corpus(config: RunConfig, task: Task) -> Artifact:
-    content = {"task": task.name, "seed": config.seed, "code": code_of("corpora", *task.corpora)}
+    records = {PAIRS_FILE: list(task.records(config.seed))}
+    if task.others is not None:
+        records[OTHERS_FILE] = list(task.others(config.seed))
 
     def body(out: Output) -> Summary:
-        write_lines(out.path / PAIRS_FILE, task.records(config.seed))
-        if task.others is not None:
-            write_lines(out.path / OTHERS_FILE, task.others(config.seed))
-        return Summary(details={"summary": "preferences as JSON lines"})
+        for name, lines in records.items():
+            write_lines(out.path / name, lines)
+        told = " and ".join(f"{len(lines)} of {name}" for name, lines in records.items())
+        return Summary(details={"summary": f"preferences: {told}"})
 
-    return make(config, "corpus", content, {}, body, output=None)
+    inputs = {name: digest_of(lines) for name, lines in records.items()}
+    return make(config, "corpus", {"task": task.name}, inputs, body, output=None)
 
 
 def _sources(corpus: Artifact) -> Iterator[SourceConfig]:
@@ -133,7 +169,7 @@ def _examples(flow: Flow, config: RunConfig, sizes: Sizes) -> Artifact:
                 for side in ("chosen", "rejected")
             ),
         )
-        return Summary(details={"summary": f"{2 * len(table)} answers"})
+        return Summary(counts={"num_judge_pairs": len(table)}, details={"summary": f"{2 * len(table)} answers"})
 
     content = {"code": code_of("winrates"), "share": JUDGE_HELDOUT}
     return flow.step(
@@ -167,9 +203,9 @@ class _Asking:
     def everyone(self, place: int, policy: Artifact, untrained: str) -> _Set:
         sizes = self.flow.setting.sizes
         prompts = self._prompts(place)
-        chosen = rewards_of_chosen(self.config, prompts, self.flow.executor, inputs=self._inputs)
+        ask = functools.partial(rewards_of_chosen, self.config, prompts, inputs=self._inputs)
         return _Set(
-            chosen=chosen,
+            chosen=read_rewards(self.flow.step("answers: chosen", ask)),
             said={
                 "untrained": self._ask(place, "untrained", folder=untrained),
                 "Preferred-FT": self._ask(place, "Preferred-FT", count=sizes.best_of),
@@ -201,7 +237,9 @@ class _Asking:
         return read(self.flow.step(f"answers: {title}", body))
 
 
-def _results(flow: Flow, task: Task, sets: Mapping[str, _Set], steps: list[tuple[int, Answers]]) -> Results:
+def _results(
+    flow: Flow, config: RunConfig, task: Task, sets: Mapping[str, _Set], steps: list[tuple[int, Answers]]
+) -> Results:
     sizes = flow.setting.sizes
     names = list(sets)
     first = sets[names[0]]
@@ -230,13 +268,25 @@ def _results(flow: Flow, task: Task, sets: Mapping[str, _Set], steps: list[tuple
         title=task.title,
         figures=tuple(figures),
         claims=tuple(claim for figure in figures[:-1] for claim in _claims(figure, sizes)),
-        deviations=task.deviations if not flow.setting.has_own_data else ("data of the user's own",),
+        deviations=_deviations(flow.setting, task),
+        notes=tuple(flow.notes),
         numbers={
             f"KL of DPO from Preferred-FT, nats per answer: {name}": each.said["DPO"].kl()
             for name, each in sets.items()
             if 1.0 in sizes.temperatures
         },
-        identity=flow.identity(),
+        identity=flow.identity(config),
+    )
+
+
+def _deviations(setting: Setting, task: Task) -> tuple[str, ...]:
+    return (
+        *(("data of the user's own",) if setting.has_own_data else task.deviations),
+        f"{setting.model} in place of {task.papers_model}; {setting.training}, in place of all weights with RMSprop at "
+        "1e-6",
+        f"answers are judged by {setting.judge}, in place of GPT-4",
+        f"answers of at most {setting.config.evaluate.max_sample_tokens} tokens; best of {setting.sizes.best_of} in "
+        "place of best of 128",
     )
 
 

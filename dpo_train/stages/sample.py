@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dpo_train.artifacts import Artifact, Output, Summary, discard
 from dpo_train.config import EndpointJudge, FunctionJudge, RewardModelJudge, RunConfig, to_dict
 from dpo_train.data.folder import model_folder
 from dpo_train.data.pairs import Message, PreferencePair, Rejection
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.evaluate import judge as judging
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
@@ -59,6 +59,7 @@ def sample(
     Raises:
         ConfigError: the judge compares instead of rewarding, or is not to be had.
         DataError: no prompt can be read by the model.
+        RunError: the judge ranks nothing.
     """
     judge = config.evaluate.judge
     if isinstance(judge, EndpointJudge):
@@ -83,6 +84,7 @@ def sample(
     reporter = Reporter.from_environment("sample")
 
     def body(out: Output) -> Summary:
+        ranked = 0
         asked, end_ids = _read(config, prompts)
         model = Asked(name="reference", model=config.model, end_ids=end_ids)
         tables = prompt_tables(
@@ -93,12 +95,14 @@ def sample(
         answers = answers.sort_by([("pair_id", "ascending"), ("index", "ascending")])
         if judge is not None:
             answers = _rewarded(config, judge, asked, answers, executor, reporter)
-            _write_ranked(asked, answers, out.path / RANKED_FILE)
+            ranked = _write_ranked(prompts, asked, answers, out.path / RANKED_FILE)
         pq.write_table(answers, out.path / ANSWERS_FILE, compression="zstd")
         counts = {"prompts": len(asked), "unread_prompts": len(prompts) - len(asked), "answers": len(answers)}
-        return Summary(
-            counts=counts, details={"summary": f"{len(answers)} answers to {len(asked)} of {len(prompts)} prompts"}
-        )
+        told = f"{len(answers)} answers to {len(asked)} of {len(prompts)} prompts"
+        if judge is not None:
+            counts |= {"ranked_prompts": ranked, "unrewarded_answers": answers["reward"].null_count}
+            told += f", of which {ranked} have answers of different reward"
+        return Summary(counts=counts, details={"summary": told})
 
     artifact = make(config, "sample", content, inputs, body, output=output, resumable=True, scratch=(WORK, PARTS))
     if not artifact.reused:
@@ -164,22 +168,34 @@ def _rewarded(
     return answers.append_column("reward", pa.array([rewards[each] for each in said], pa.float64()))
 
 
-def _write_ranked(asked: pa.Table, answers: pa.Table, target: Path) -> None:
-    """A line per prompt. Answers without a reward, and the second of two equal ones, say nothing about a preference."""
+def _write_ranked(prompts: Sequence[Prompt], asked: pa.Table, answers: pa.Table, target: Path) -> int:
+    """A line per prompt whose answers differ in their reward; returns how many there are. An answer without a reward,
+    or the second of two equal ones, says nothing about a preference.
+
+    Raises:
+        RunError: there is no such prompt.
+    """
     scores: dict[str, dict[str, float]] = {}
     for row in answers.to_pylist():
         if row["reward"] is not None:
             scores.setdefault(row["pair_id"], {})[row["answer"]] = row["reward"]
+    turns = {_digest([prompt]): [_turn(turn) for turn in prompt] for prompt in prompts}
+    records = [
+        {"prompt": turns[pair_id], "answers": [{"answer": text, "score": score} for text, score in found.items()]}
+        for pair_id in asked["pair_id"].to_pylist()
+        if len(set((found := scores.get(pair_id, {})).values())) > 1
+    ]
+    if not records:
+        raise RunError(
+            "The answers to no prompt differ in their reward",
+            got=f"{len(answers)} answers, {answers['reward'].null_count} without a reward",
+            fix="ask for more answers or warmer ones (--answers, --temperature), or mend evaluate.judge",
+        )
     with target.open("w", encoding="utf-8") as stream:
-        for record in _records(asked, scores):
+        for record in records:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return len(records)
 
 
-def _records(asked: pa.Table, scores: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
-    for row in asked.to_pylist():
-        found = scores.get(row["pair_id"], {})
-        if len(found) > 1:
-            yield {
-                "prompt": row["prompt"],
-                "answers": [{"answer": answer, "score": score} for answer, score in found.items()],
-            }
+def _turn(turn: Message) -> dict[str, Any]:
+    return {"role": turn.role, "content": turn.content, **(json.loads(turn.extra) if turn.extra else {})}

@@ -44,7 +44,9 @@ def paused_policy(
         job = training_job(training, training.train, scored, Output(home), origin={}, reporter=reporter)
         executor.run_ranks(PausedJob(training=job, step=step, output=out.home))
         out.adopt_noted(POLICY_NOTE)
-        return Summary(counts={"steps": step}, details={"beta": training.train.beta})
+        return Summary(
+            counts={"steps": step}, details={"beta": training.train.beta, "summary": f"the policy after {step} steps"}
+        )
 
     content = {"training": storage.name_of(home), "step": step}
     return produce("paused", content, {}, target, body, scratch=(CHECKPOINT_FOLDER,))

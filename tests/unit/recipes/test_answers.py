@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,18 @@ from safetensors.torch import load_file
 
 from dpo_train.artifacts import Artifact
 from dpo_train.config import FunctionJudge, RunConfig
-from dpo_train.errors import ConfigError
-from dpo_train.recipes.along import policies
-from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read, rewards_of_chosen, win_rate
+from dpo_train.errors import ConfigError, RunError
+from dpo_train.recipes.along import policy_after, steps_of
+from dpo_train.recipes.answers import (
+    Answers,
+    answers,
+    best_of_kl,
+    heldout_prompts,
+    read,
+    read_rewards,
+    rewards_of_chosen,
+    win_rate,
+)
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
@@ -43,7 +53,13 @@ def scored(config: RunConfig) -> Artifact:
 
 @pytest.fixture(scope="module")
 def along(config: RunConfig, scored: Artifact) -> list[tuple[int, Artifact]]:
-    return list(policies(config, scored, LOCAL, parts=3))
+    return followed(config, scored, parts=3)
+
+
+def followed(config: RunConfig, scored: Artifact, parts: int) -> list[tuple[int, Artifact]]:
+    *way, end = steps_of(config, scored, parts)
+    found = [(step, policy_after(config, scored, LOCAL, step=step)) for step in way]
+    return [*found, (end, train(config, scored, LOCAL))]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +77,7 @@ def test_a_training_is_followed_on_its_way_and_ends_as_an_unbroken_one(
     config: RunConfig, scored: Artifact, along: list[tuple[int, Artifact]]
 ) -> None:
     unbroken = train(replace(config, store=f"{config.store}-unbroken"), scored, LOCAL)
-    again = list(policies(config, scored, LOCAL, parts=3))
+    again = followed(config, scored, parts=3)
 
     assert [step for step, _ in along] == [7, 14, 20]
     weights = [load_file(each.file("adapter/adapter_model.safetensors")) for _, each in along]
@@ -70,6 +86,27 @@ def test_a_training_is_followed_on_its_way_and_ends_as_an_unbroken_one(
     assert any((weights[0][name] != weights[1][name]).any() for name in expected)
     assert [each.home for _, each in again] == [each.home for _, each in along]
     assert again[-1][1].reused
+
+
+def test_more_steps_of_a_finished_training_are_there_too(
+    config: RunConfig, scored: Artifact, along: list[tuple[int, Artifact]]
+) -> None:
+    """It is trained again beside itself, and ends at the same place."""
+    more = followed(config, scored, parts=4)
+    weights = [load_file(each.file("adapter/adapter_model.safetensors")) for _, each in more]
+
+    assert [step for step, _ in more] == [5, 10, 15, 20]
+    assert more[-1][1].home == along[-1][1].home
+    assert (
+        len(
+            {
+                tuple(each["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].flatten().tolist())
+                for each in weights
+            }
+        )
+        == 4
+    )
+    assert not list((Path(config.store) / "apart").glob("*/record.json"))
 
 
 def test_kl_is_the_evaluations(
@@ -93,7 +130,7 @@ def test_rewards_are_of_the_answers_and_the_chosen_have_theirs(
 ) -> None:
     made = asked(config, scored, prompts, temperatures=(0.5, 1.0), count=3)
     found = read(made)
-    chosen = rewards_of_chosen(config, prompts, LOCAL, inputs={"scored": scored.record.digest})
+    chosen = read_rewards(rewards_of_chosen(config, prompts, LOCAL, inputs={"scored": scored.record.digest}))
 
     rows = found.table.to_pylist()
     assert len(rows) == PROMPTS * 2 * 3
@@ -137,6 +174,20 @@ def test_a_win_rate_counts_ties_as_half_and_leaves_out_the_unrewarded() -> None:
 @pytest.mark.parametrize(("number", "expected"), [(1, 0.0), (2, math.log(2) - 0.5), (16, math.log(16) - 15 / 16)])
 def test_best_of_ns_kl(number: int, expected: float) -> None:
     assert best_of_kl(number) == pytest.approx(expected)
+
+
+def test_a_judge_that_says_nothing_is_an_error() -> None:
+    table = pa.table(
+        {
+            "pair_id": ["a", "b"],
+            "index": pa.array([0, 0], pa.int32()),
+            "temperature": [1.0] * 2,
+            "reward": pa.nulls(2, pa.float64()),
+        }
+    )
+    for call in (lambda: win_rate(table, {"a": 1.0, "b": 1.0}), lambda: Answers(table=table).reward()):
+        with pytest.raises(RunError, match="rewards none"):
+            call()
 
 
 def test_without_a_judge_that_rewards_nothing_is_asked(config: RunConfig, scored: Artifact, prompts: pa.Table) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import ConfigError
 from dpo_train.recipes import catalogue
+from dpo_train.recipes.corpora import film_snippets
+from dpo_train.recipes.flow import Flow, read_lines
 from dpo_train.recipes.results import RESULTS_JSON, RESULTS_MD
+from dpo_train.recipes.snippets import judges_snippets, not_the_judges, policys_snippets
 from tests.command import dpo
 from tests.tiny import tiny_model
 
@@ -116,7 +120,11 @@ def test_win_rates_of_other_domains_and_own_data(model: Path, folder: Path, tmp_
     found = results(folder, "summarise")
     assert [figure["name"] for figure in found["figures"]] == ["temperatures", "temperatures-1", "steps"]
     assert found["figures"][1]["title"].endswith("theirs.jsonl")
-    assert found["deviations"] == ["data of the user's own"]
+    assert found["deviations"][0] == "data of the user's own"
+    assert any("tiny in place of GPT-J" in text for text in found["deviations"])
+    assert any("best of 2" in text for text in found["deviations"])
+    assert found["notes"] == []
+    assert found["identity"]["config"]["prepare"]["sources"][1]["split"] == "heldout"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,19 @@ def test_win_rates_of_other_domains_and_own_data(model: Path, folder: Path, tmp_
         (("sentiment", "train.betas=3"), "unknown key"),
         (("sentiment", "--scale", "0"), "--scale is out of range"),
         (("poetry",), "invalid choice"),
+        (("sentiment", "recipe=3"), "'recipe' is a section"),
+        (("sentiment", "prepare.path=x.jsonl"), "makes its own preferences"),
+        (("sentiment", "sweep.losses=[ipo]"), "varies nothing else"),
+        (
+            ("sentiment", "sweep.betas={low: 0.1, high: 1}", "sweep.search=random", "sweep.trials=2"),
+            "varies nothing else",
+        ),
+        (
+            ("dialogue", "evaluate.judge={kind: endpoint, url: 'http://x/v1', model: m}"),
+            "rewards each answer by itself",
+        ),
+        (("dialogue", "evaluate.judge={kind: function, function: 'nowhere:f'}"), "nowhere"),
+        (("sentiment", "recipe.num_ppo_episodes=64", "recipe.num_prompts=4"), "PPO needs more prompts"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -138,12 +159,38 @@ def test_mistakes_are_told_before_anything_runs(
     assert not (tmp_path / "new").exists()
 
 
-def test_more_than_there_is_is_an_error(model: Path, folder: Path) -> None:
-    overrides = [*SENTIMENT, "recipe.num_judge_snippets=1000000"]
-    given = catalogue.setting("sentiment", folder, overrides, scale=1, model=str(model))
+def test_more_than_there_is_becomes_what_there_is_and_a_note(model: Path, folder: Path) -> None:
+    given = catalogue.setting("sentiment", folder, list(SENTIMENT), scale=1, model=str(model))
+    flow = Flow(given, "")
+    sizes = replace(given.sizes, num_sft_snippets=10**6, num_prompts=10**6, num_heldout_prompts=3)
+    made = policys_snippets(given.config, sizes)
+    flow.setting = replace(given, sizes=sizes)
+    flow.tell_fewer(made)
 
-    with pytest.raises(DataError, match="num_judge_snippets"):
-        catalogue.run("sentiment", given)
+    counts = made.record.counts
+    assert 1000 < counts["num_prompts"] < counts["num_sft_snippets"] < 10**6
+    assert sorted(flow.notes) == [
+        f"recipe.{name} asks for 1000000, and there are {counts[name]}" for name in ("num_prompts", "num_sft_snippets")
+    ]
+
+
+def test_parts_of_the_snippets_share_no_film(model: Path, folder: Path) -> None:
+    given = catalogue.setting("sentiment", folder, list(SENTIMENT), scale=1, model=str(model))
+    sizes = replace(given.sizes, num_sft_snippets=10**6, num_prompts=10**6, num_heldout_prompts=10**6)
+    examples = judges_snippets(given.config, 10**6)
+    made = policys_snippets(given.config, sizes)
+    films = {each.text: each.film for each in film_snippets()}
+    judges = {films[row["answer"]] for row in read_lines(examples.file("examples.jsonl"))}
+    policys = {films[row["prompt"] + row["chosen"]] for row in read_lines(made.file("sft.jsonl"))}
+    asked, unseen = (
+        {row["prompt"] for row in read_lines(made.file(name))} for name in ("prompts.jsonl", "heldout.jsonl")
+    )
+
+    assert len(judges) > 100
+    assert len(policys) > 100
+    assert not judges & policys
+    assert not asked & unseen
+    assert not judges & {each.film for each in not_the_judges(film_snippets(), given.config.seed)}
 
 
 def test_scale_multiplies_examples_and_nothing_else(model: Path, folder: Path) -> None:

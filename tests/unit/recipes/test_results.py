@@ -41,7 +41,7 @@ def test_a_line_is_read_between_its_neighbours_only() -> None:
 
     assert found is not None
     assert found.value == pytest.approx(1.5)
-    assert found.high - found.value == pytest.approx(math.hypot(0.15, 0.2))
+    assert found.high - found.value == pytest.approx((0.3 + 0.4) / 2)
     assert at_equal(4.5, LINE) is None
     assert at_equal(-0.1, LINE) is None
 
@@ -53,7 +53,7 @@ def test_a_method_is_compared_at_its_own_places() -> None:
 
     assert claim.text == "DPO above PPO at equal KL (mean over 2 of 3 points)"
     assert claim.found.value == pytest.approx(0.4)
-    assert claim.found.low == pytest.approx(0.4 - (math.hypot(0.1, math.hypot(0.15, 0.15)) + math.hypot(0.1, 0.25)) / 2)
+    assert claim.found.low == pytest.approx(0.4 - (math.hypot(0.1, 0.3) + math.hypot(0.1, 0.35)) / 2)
     assert above_at_equal("DPO", LINE, [point(9, 5.0)], method="PPO", x="KL") == []
 
 

@@ -13,8 +13,9 @@ import pytest
 from dpo_train.artifacts import Artifact
 from dpo_train.config import EndpointJudge, FunctionJudge, RunConfig, SourceConfig
 from dpo_train.data.pairs import Message
+from dpo_train.data.prompts import read_prompt_lines
 from dpo_train.data.shards import Split
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.stages import prepare, sample
 from dpo_train.stages.executor import InProcess
 from dpo_train.stages.sample import ANSWERS_FILE, RANKED_FILE
@@ -33,6 +34,10 @@ def count_a(prompt: Sequence[Mapping[str, str]], answer: str) -> float:
     """A reward that a test can compute by itself; NaN where there is nothing to see."""
     assert prompt[-1]["role"] == "user"
     return float(answer.count("a")) if answer.strip() else float("nan")
+
+
+def indifferent(prompt: Sequence[Mapping[str, str]], answer: str) -> float:
+    return 1.0
 
 
 def with_evaluate(config: RunConfig, **changes: object) -> RunConfig:
@@ -110,6 +115,12 @@ def test_prompts_that_are_too_long_are_counted_and_none_left_is_an_error(config:
         sample(config, [long], LOCAL, count=2)
 
 
+def test_answers_that_nothing_tells_apart_are_an_error(config: RunConfig) -> None:
+    judge = FunctionJudge(kind="function", function="tests.unit.stages.test_sample:indifferent")
+    with pytest.raises(RunError, match="no prompt differ in their reward"):
+        sample(with_evaluate(config, judge=judge), PROMPTS, LOCAL, count=3)
+
+
 def test_the_command_writes_a_file_to_train_on(config: RunConfig, tmp_path: Path) -> None:
     prompts, target = tmp_path / "prompts.txt", tmp_path / "ranked.jsonl"
     prompts.write_text("tell me about the cat\n\ntell me about the sea\n", encoding="utf-8")
@@ -126,6 +137,13 @@ def test_the_command_writes_a_file_to_train_on(config: RunConfig, tmp_path: Path
     assert "exists already" in again.output
 
 
+def test_a_text_may_hold_any_separator() -> None:
+    lines = '{"prompt": "one\u2028two"}\r\n\n{"prompt": [{"role": "user", "content": "three\u0085"}]}\n'
+    found = read_prompt_lines(lines, "p.jsonl")
+
+    assert [prompt[0].content for prompt in found] == ["one\u2028two", "three\u0085"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -133,6 +151,7 @@ def test_the_command_writes_a_file_to_train_on(config: RunConfig, tmp_path: Path
         ("p.jsonl", "not json\n", "line 1 is no JSON"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "line 1 has no prompt"),
         ("p.txt", "\n \n", "There are no prompts"),
+        ("p.json", '[{"prompt": "x"}]', "is no file of prompts"),
     ],
 )
 def test_a_file_without_prompts_is_refused(
