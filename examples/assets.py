@@ -49,7 +49,7 @@ PAIRS_OF_A_FILM = 3
 MAX_DESCRIPTION_WORDS = 60
 """Longer ones make slow rows on a CPU."""
 
-NUM_SUMMARIES, NUM_DOCSTRINGS = 480, 48
+NUM_SUMMARIES, NUM_DOCSTRINGS = 400, 40
 """Records of each file of packages (of which summaries.yaml holds a tenth out) and of docstrings, all held out."""
 
 Record = dict[str, Any]
