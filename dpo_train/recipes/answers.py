@@ -84,22 +84,38 @@ def best_of_kl(number: int) -> float:
     return math.log(number) - (number - 1) / number
 
 
-def win_rate(ours: pa.Table, theirs: Mapping[str, float | None]) -> Estimate:
-    """How often the first answer to a prompt has a larger reward than the prompt's other one; a tie is half.
+def outcomes(ours: pa.Table, theirs: Mapping[str, float | None]) -> dict[str, float]:
+    """By pair_id 1 where the first answer to a prompt has a larger reward than the prompt's other one, 0.5 for a tie.
 
     Args:
         ours: rows of (pair_id, index, reward).
-        theirs: reward by pair_id.
+        theirs: reward by pair_id. Where one of both has none, there is no outcome.
     """
     rows = _first(ours)
-    pairs = [
-        (reward, theirs[pair_id])
-        for pair_id, reward in zip(rows["pair_id"].to_pylist(), rows["reward"].to_pylist(), strict=True)
-    ]
-    won = [(a > b) + 0.5 * (a == b) for a, b in pairs if a is not None and b is not None]
-    if not won:
+    pairs = zip(rows["pair_id"].to_pylist(), rows["reward"].to_pylist(), strict=True)
+    return {
+        pair_id: float(reward > other) + 0.5 * (reward == other)
+        for pair_id, reward in pairs
+        if reward is not None and (other := theirs[pair_id]) is not None
+    }
+
+
+def win_rate(found: Mapping[str, float]) -> Estimate:
+    """The mean of outcomes.
+
+    Raises:
+        RunError: there are none.
+    """
+    if not found:
         raise RunError("The judge rewards none of the answers with a number", fix="mend evaluate.judge")
-    return wilson(float(sum(won)), float(len(won)), n=len(won))
+    return wilson(sum(found.values()), float(len(found)), n=len(found))
+
+
+def gained(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Estimate:
+    """By how much our win rate is larger than theirs, over the prompts of which both have outcomes."""
+    both = sorted(ours.keys() & theirs.keys())
+    differences_N = np.array([ours[pair_id] - theirs[pair_id] for pair_id in both])
+    return Means({"": differences_N}, np.arange(len(both)), seed=0).mean("")
 
 
 def heldout_prompts(scored: Artifact, split: str, count: int, *, dataset: int | None = None) -> pa.Table:

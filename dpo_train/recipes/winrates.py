@@ -21,13 +21,14 @@ from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RunConfig, SourceConfig
 from dpo_train.config.kinds import STRICT, Count, Positive, option
 from dpo_train.data.shards import Split
-from dpo_train.evaluate.statistics import difference
 from dpo_train.findings import Estimate
 from dpo_train.recipes.along import policy_after, steps_of
 from dpo_train.recipes.answers import (
     Answers,
     answers,
+    gained,
     heldout_prompts,
+    outcomes,
     read,
     read_rewards,
     rewards_of_chosen,
@@ -53,6 +54,8 @@ PAIRS_FILE, OTHERS_FILE = "pairs.jsonl", "others.jsonl"
 OTHERS = "another domain"
 FEW_PAIRS = 32
 """Of the judge's, measured at the end of trainings."""
+TOLERATED = 0.1
+"""Of the win rate, where sampling gets warmer."""
 FEW = 0.05
 """Share of the groups for validation where no judge is trained on them."""
 JUDGE_HELDOUT = 0.2
@@ -191,6 +194,11 @@ class _Set:
     said: Mapping[str, Answers]
     """By method."""
 
+    def outcomes(self, method: str, temperature: float, *, best_of: int = 1) -> dict[str, float]:
+        """Of a method's answers, or of the best of so many, against the data's own."""
+        said = self.said[method]
+        return outcomes(said.at(temperature) if best_of == 1 else said.best_of(best_of, temperature), self.chosen)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Asking:
@@ -254,7 +262,11 @@ def _results(
                 Series(
                     name=f"temperature {temperature:g}",
                     points=tuple(
-                        Point(label=f"step {step}", x=float(step), y=win_rate(said.at(temperature), first.chosen))
+                        Point(
+                            label=f"step {step}",
+                            x=float(step),
+                            y=win_rate(outcomes(said.at(temperature), first.chosen)),
+                        )
                         for step, said in steps
                     ),
                 )
@@ -267,7 +279,11 @@ def _results(
         recipe=task.name,
         title=task.title,
         figures=tuple(figures),
-        claims=tuple(claim for figure in figures[:-1] for claim in _claims(figure, sizes)),
+        claims=tuple(
+            claim
+            for figure, each in zip(figures[:-1], sets.values(), strict=True)
+            for claim in _claims(figure.title, each, sizes)
+        ),
         deviations=_deviations(flow.setting, task),
         notes=tuple(flow.notes),
         numbers={
@@ -291,33 +307,24 @@ def _deviations(setting: Setting, task: Task) -> tuple[str, ...]:
 
 
 def _over_temperatures(task: Task, name: str, each: _Set, sizes: Sizes, place: int) -> Figure:
-    best = f"best of {sizes.best_of}"
+    methods = {
+        **{method: (method, 1) for method in each.said},
+        f"best of {sizes.best_of}": ("Preferred-FT", sizes.best_of),
+    }
     series = [
         Series(
-            name=method,
+            name=title,
             points=tuple(
                 Point(
-                    label=f"{method} at {temperature:g}", x=temperature, y=win_rate(said.at(temperature), each.chosen)
-                )
-                for temperature in sizes.temperatures
-            ),
-        )
-        for method, said in each.said.items()
-    ]
-    several = each.said["Preferred-FT"]
-    series.append(
-        Series(
-            name=best,
-            points=tuple(
-                Point(
-                    label=f"{best} at {temperature:g}",
+                    label=f"{title} at {temperature:g}",
                     x=temperature,
-                    y=win_rate(several.best_of(sizes.best_of, temperature), each.chosen),
+                    y=win_rate(each.outcomes(method, temperature, best_of=number)),
                 )
                 for temperature in sizes.temperatures
             ),
         )
-    )
+        for title, (method, number) in methods.items()
+    ]
     return Figure(
         name="temperatures" if place == 0 else f"temperatures-{place}",
         title=task.title if place == 0 else f"{task.title}: {name}",
@@ -328,15 +335,17 @@ def _over_temperatures(task: Task, name: str, each: _Set, sizes: Sizes, place: i
     )
 
 
-def _claims(figure: Figure, sizes: Sizes) -> Iterator[Claim]:
-    by_name = {series.name: series.points for series in figure.series}
-    for method in ("Preferred-FT", f"best of {sizes.best_of}"):
-        for ours, theirs in zip(by_name["DPO"], by_name[method], strict=True):
-            text = f"{figure.title}: DPO above {method} at temperature {ours.place:g}"
-            yield Claim(text=text, found=difference(ours.y, theirs.y))
-    coldest, hottest = by_name["DPO"][0], by_name["DPO"][-1]
-    if coldest is not hottest:
-        level = Estimate(value=0.1, low=0.1, high=0.1, n=coldest.y.n)
-        lost = difference(coldest.y, hottest.y)
-        text = f"{figure.title}: DPO loses less than 0.1 from temperature {coldest.place:g} to {hottest.place:g}"
-        yield Claim(text=text, found=difference(level, lost))
+def _claims(title: str, each: _Set, sizes: Sizes) -> Iterator[Claim]:
+    """All on the same prompts."""
+    for opponent, number in (("Preferred-FT", 1), ("Preferred-FT", sizes.best_of)):
+        name = opponent if number == 1 else f"best of {number}"
+        for temperature in sizes.temperatures:
+            theirs = each.outcomes(opponent, temperature, best_of=number)
+            text = f"{title}: DPO above {name} at temperature {temperature:g}"
+            yield Claim(text=text, found=gained(each.outcomes("DPO", temperature), theirs))
+    coldest, hottest = min(sizes.temperatures), max(sizes.temperatures)
+    if coldest != hottest:
+        lost = gained(each.outcomes("DPO", coldest), each.outcomes("DPO", hottest))
+        found = Estimate(value=TOLERATED - lost.value, low=TOLERATED - lost.high, high=TOLERATED - lost.low, n=lost.n)
+        text = f"{title}: DPO loses less than {TOLERATED:g} from temperature {coldest:g} to {hottest:g}"
+        yield Claim(text=text, found=found)

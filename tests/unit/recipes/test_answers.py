@@ -21,7 +21,9 @@ from dpo_train.recipes.answers import (
     Answers,
     answers,
     best_of_kl,
+    gained,
     heldout_prompts,
+    outcomes,
     read,
     read_rewards,
     rewards_of_chosen,
@@ -165,10 +167,22 @@ def test_a_win_rate_counts_ties_as_half_and_leaves_out_the_unrewarded() -> None:
             "reward": pa.array([2.0, 1.0, 3.0, None, 99.0]),
         }
     )
-    found = win_rate(table, {"a": 1.0, "b": 1.0, "c": 4.0, "d": 0.0})
+    found = outcomes(table, {"a": 1.0, "b": 1.0, "c": 4.0, "d": 0.0})
 
-    assert (found.value, found.n) == (0.5, 3)
-    assert win_rate(Answers(table=table).best_of(2), {"a": 98.0, "b": 0.0, "c": 0.0, "d": None}).value == 1.0
+    assert found == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert (win_rate(found).value, win_rate(found).n) == (0.5, 3)
+    best = outcomes(Answers(table=table).best_of(2), {"a": 98.0, "b": 0.0, "c": 0.0, "d": None})
+    assert best == {"a": 1.0, "b": 1.0, "c": 1.0}
+
+
+def test_a_gain_is_counted_prompt_by_prompt() -> None:
+    """Where both win and lose together the interval is that of their difference."""
+    theirs = {str(place): float(place % 2) for place in range(40)}
+    ours = {**theirs, "0": 1.0, "2": 1.0, "4": 1.0, "6": 1.0, "elsewhere": 0.0}
+    found = gained(ours, theirs)
+
+    assert (found.value, found.n) == (pytest.approx(0.1), 40)
+    assert 0 < found.low < found.value < found.high < 0.25
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, 0.0), (2, math.log(2) - 0.5), (16, math.log(16) - 15 / 16)])
@@ -185,7 +199,7 @@ def test_a_judge_that_says_nothing_is_an_error() -> None:
             "reward": pa.nulls(2, pa.float64()),
         }
     )
-    for call in (lambda: win_rate(table, {"a": 1.0, "b": 1.0}), lambda: Answers(table=table).reward()):
+    for call in (lambda: win_rate(outcomes(table, {"a": 1.0, "b": 1.0})), lambda: Answers(table=table).reward()):
         with pytest.raises(RunError, match="rewards none"):
             call()
 
