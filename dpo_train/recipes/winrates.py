@@ -302,7 +302,7 @@ def _deviations(setting: Setting, task: Task) -> tuple[str, ...]:
         "1e-6",
         f"answers are judged by {setting.judge}, in place of GPT-4",
         f"answers of at most {setting.config.evaluate.max_sample_tokens} tokens; best of {setting.sizes.best_of} in "
-        "place of best of 128",
+        "place of best of 128, chosen by the very judge that judges it afterwards, which the paper's is not",
     )
 
 
