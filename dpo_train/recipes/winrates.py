@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -54,6 +55,9 @@ PAIRS_FILE, OTHERS_FILE = "pairs.jsonl", "others.jsonl"
 OTHERS = "another domain"
 FEW_PAIRS = 32
 """Of the judge's, measured at the end of trainings."""
+ROOM = 1.5
+"""So many times the records that are wanted: some cannot be used, and splits are as large as chance makes them. More
+would only cost: held-out pairs are scored whether they are asked about or not."""
 TOLERATED = 0.1
 """Of the win rate, where sampling gets warmer."""
 FEW = 0.05
@@ -100,7 +104,7 @@ def run(flow: Flow, task: Task) -> Results:
         prepare = dataclasses.replace(prepare, validation_fraction=FEW)
     config = dataclasses.replace(config, prepare=prepare)
     if not setting.has_own_data:
-        corpus = flow.step("corpus", lambda _: _corpus(setting.config, task))
+        corpus = flow.step("corpus", lambda _: _corpus(setting.config, sizes, task))
         config = with_sources(config, *_sources(corpus))
     if not setting.has_own_judge:
         examples = _examples(flow, config, sizes)
@@ -131,10 +135,17 @@ def run(flow: Flow, task: Task) -> Results:
     return _results(flow, config, task, sets, steps)
 
 
-def _corpus(config: RunConfig, task: Task) -> Artifact:
-    records = {PAIRS_FILE: list(task.records(config.seed))}
+def _corpus(config: RunConfig, sizes: Sizes, task: Task) -> Artifact:
+    section = config.prepare
+    shares = {
+        section.validation_fraction: sizes.num_judge_pairs,
+        section.heldout_fraction: sizes.num_heldout_prompts,
+        1 - section.validation_fraction - section.heldout_fraction: sizes.num_train_pairs,
+    }
+    most = math.ceil(ROOM * max(number / share for share, number in shares.items() if share))
+    records = {PAIRS_FILE: list(task.records(config.seed))[:most]}
     if task.others is not None:
-        records[OTHERS_FILE] = list(task.others(config.seed))
+        records[OTHERS_FILE] = list(task.others(config.seed))[: math.ceil(ROOM * sizes.num_heldout_prompts)]
 
     def body(out: Output) -> Summary:
         for name, lines in records.items():
