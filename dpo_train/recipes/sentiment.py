@@ -59,6 +59,7 @@ class Sizes:
     num_heldout_prompts: Count = option(help="prompts that everything is measured on")
     answers: Annotated[int, Ge(2)] = option(help="answers to each prompt")
     judge_layers: Count = option(help="layers of the model below the judge's probe")
+    baseline_seeds: Count = option(help="trainings of each baseline; DPO has sweep.seeds")
     best_of: Annotated[tuple[Count, ...], Len(1)] = option(help="N of best-of-N")
     num_ppo_episodes: Annotated[int, Ge(0)] = option(help="answers that PPO learns from; 0: no PPO")
     ppo_points: Count = option(help="after how many equal parts of them it is measured")
@@ -120,7 +121,7 @@ def run(flow: Flow) -> Results:
     preferences = flow.stage("prepare", config)
     scored = flow.stage("score_reference", config, prepare=preferences)
     swept = flow.stage("sweep", config, score_reference=scored)
-    supervised = flow.stage("sweep", _supervised(config), score_reference=scored)
+    supervised = flow.stage("sweep", _supervised(config, sizes), score_reference=scored)
     prompts = heldout_prompts(scored, "validation", sizes.num_heldout_prompts)
     inputs = {"scored": scored.record.digest}
     ask_often = functools.partial(answers, config, prompts, inputs=inputs, count=max(sizes.best_of))
@@ -155,9 +156,9 @@ def _of_preferences(config: RunConfig, ranked: Artifact, heldout: Artifact, size
     return dataclasses.replace(with_sources(config, source, unseen), sweep=sweep)
 
 
-def _supervised(config: RunConfig) -> RunConfig:
+def _supervised(config: RunConfig, sizes: Sizes) -> RunConfig:
     """The same trainings with losses that know no beta."""
-    sweep = dataclasses.replace(config.sweep, betas=(), losses=("sft", "unlikelihood"))
+    sweep = dataclasses.replace(config.sweep, betas=(), losses=("sft", "unlikelihood"), seeds=sizes.baseline_seeds)
     return dataclasses.replace(config, sweep=sweep)
 
 
@@ -275,6 +276,7 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
         "RoBERTa's probability",
         f"answers of at most {setting.config.evaluate.max_sample_tokens} tokens; KL is that of such answers",
         f"DPO and its baselines: {setting.training}, in place of all weights with RMSprop at 1e-6 and batches of 64",
+        f"DPO was trained with {setting.config.sweep.seeds} seeds and each baseline with {setting.sizes.baseline_seeds}",
         f"Unlikelihood has weight {setting.config.train.unlikelihood_alpha:g} throughout; the paper tries several",
         "best-of-N's KL is a bound from above, which is to DPO's advantage at equal KL",
     ]

@@ -24,7 +24,8 @@ COMMON = (
 )  # fmt: skip
 SENTIMENT = (
     *COMMON, "recipe.num_judge_snippets=120", "recipe.num_sft_snippets=64", "recipe.num_prompts=12",
-    "recipe.num_heldout_prompts=16", "sweep.betas=[0.1, 5]", "sweep.seeds=1", "sweep.kl_points=2",
+    "recipe.num_heldout_prompts=16", "sweep.betas=[0.1, 5]", "sweep.seeds=1", "recipe.baseline_seeds=1",
+    "sweep.kl_points=2",
 )  # fmt: skip
 WIN_RATES = (
     *COMMON, "recipe.num_judge_pairs=60", "recipe.num_train_pairs=32", "recipe.num_heldout_prompts=12",
