@@ -276,7 +276,7 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
         "RoBERTa's probability",
         f"answers of at most {setting.config.evaluate.max_sample_tokens} tokens; KL is that of such answers",
         f"DPO and its baselines: {setting.training}, in place of all weights with RMSprop at 1e-6 and batches of 64",
-        f"DPO was trained with {setting.config.sweep.seeds} seeds and each baseline with {setting.sizes.baseline_seeds}",
+        f"DPO has {setting.config.sweep.seeds} seeds, each baseline {setting.sizes.baseline_seeds}",
         f"Unlikelihood has weight {setting.config.train.unlikelihood_alpha:g} throughout; the paper tries several",
         "best-of-N's KL is a bound from above, which is to DPO's advantage at equal KL",
     ]
