@@ -329,7 +329,7 @@ def test_answers_have_the_text_that_evaluation_gives_them(model: Path) -> None:
     policy = tiny_policy(model, lora=False, trainable=False)
     with torch.no_grad():  # ends one answer in four or so
         policy.model.lm_head.weight[TOKENIZER.eos_token_id] *= 2.5
-    ask = AnswerPrompts(policy, TOKENIZER, max_tokens=6, seed=0, batch=64)
+    ask = AnswerPrompts(policy, TOKENIZER, max_tokens=6, seed=0, batch=64, continues=True)
     rows = [
         {"pair_id": str(i), "prompt_ids": ids, "temperature": 1.0, "index": 0} for i, ids in enumerate(some_prompts())
     ]
@@ -343,9 +343,9 @@ def test_answers_have_the_text_that_evaluation_gives_them(model: Path) -> None:
 def test_text_of_an_answer_is_without_its_end_and_without_what_is_no_token() -> None:
     """An end token that is no special token goes too, but only at the end."""
     tokenizer = SimpleNamespace(eos_token_id=9, decode=lambda ids, skip_special_tokens: f" {ids} ")
-    assert answer_text(tokenizer, [9, 4, 11, 9], {4, 9}) == "[9, 4]"
-    assert answer_text(tokenizer, [4, 5], {4, 9}) == "[4]"
-    assert answer_text(tokenizer, [], {4}) == "[]"
+    assert answer_text(tokenizer, [9, 4, 11, 9], {4, 9}) == " [9, 4] "
+    assert answer_text(tokenizer, [4, 5], {4, 9}) == " [4] "
+    assert answer_text(tokenizer, [], {4}) == " [] "
 
 
 def refused(model: Path, judge: Path, target: Path, prompts: list[list[int]] | None = None) -> None:
