@@ -213,15 +213,10 @@ def answers(
                 count=count,
             )
         ]
-        said = ask(config, asked, out, executor, reporter, prompts=tables)
-        assert said.answers is not None, "there are prompts"
-        wanted = list(zip(said.answers["pair_id"].to_pylist(), said.answers["answer"].to_pylist(), strict=True))
-        rewards = _rewards(config, prompts, sorted(set(wanted)), executor, reporter)
-        columns = ["pair_id", "temperature", "index", "answer", "truncated"]
-        table = said.answers.select(columns)
-        table = table.append_column("reward", pa.array([rewards[each] for each in wanted], pa.float64()))
-        ratios = _log_ratios(config, asked, said.answers, prompts, executor, out, reporter)
-        pq.write_table(table.append_column("log_ratio", ratios), out.path / ANSWERS_FILE, compression="zstd")
+        said = ask(config, asked, out, executor, reporter, prompts=tables).answers
+        assert said is not None, "there are prompts"
+        table = _measured(config, asked, said, prompts, executor, out, reporter)
+        pq.write_table(table, out.path / ANSWERS_FILE, compression="zstd")
         return Summary(counts={"answers": len(table)}, details={"summary": f"{len(table)} answers"})
 
     made = make(config, "answers", content, inputs, body, output=None, resumable=True, scratch=(WORK, PARTS))
@@ -229,6 +224,24 @@ def answers(
         for scratch in (WORK, PARTS):
             discard(made.home, scratch, tell=reporter.message)
     return made
+
+
+def _measured(
+    config: RunConfig,
+    asked: Asked,
+    answers: pa.Table,
+    prompts: pa.Table,
+    executor: Executor,
+    out: Output,
+    reporter: Reporter,
+) -> pa.Table:
+    """The answers with their rewards and log-ratios."""
+    wanted = list(zip(answers["pair_id"].to_pylist(), answers["answer"].to_pylist(), strict=True))
+    rewards = _rewards(config, prompts, sorted(set(wanted)), executor, reporter)
+    ratios = _log_ratios(config, asked, answers, prompts, executor, out, reporter)
+    table = answers.select(["pair_id", "temperature", "index", "answer", "truncated"])
+    table = table.append_column("reward", pa.array([rewards[each] for each in wanted], pa.float64()))
+    return table.append_column("log_ratio", ratios)
 
 
 def read(artifact: Artifact) -> Answers:

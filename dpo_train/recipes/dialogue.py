@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 from dpo_train.recipes.corpora import exchanges
-from dpo_train.recipes.winrates import Task
+from dpo_train.recipes.winrates import Task, couples
 
 
 def records(seed: int) -> Iterator[dict[str, Any]]:
-    """Conversations two by two: none is in two couples, and each reply is as likely the chosen one as the rejected."""
-    found = exchanges()
-    random.Random(seed).shuffle(found)
-    for first, second in zip(found[::2], found[1::2], strict=False):
-        if first.reply != second.reply:
-            yield {
-                "prompt": first.context,
-                "chosen": first.reply,
-                "rejected": second.reply,
-                "group": f"{first.id}+{second.id}",
-            }
+    """Of conversations."""
+    yield from couples(((each.id, each.context, each.reply) for each in exchanges()), seed)
 
 
 TASK = Task(

@@ -34,7 +34,8 @@ from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
 from dpo_train.recipes.flow import Flow, Setting, code_of, read_lines, with_judge, with_sources
-from dpo_train.recipes.ppo import PpoConfig, train_ppo
+from dpo_train.recipes.ppo import train_ppo
+from dpo_train.recipes.ppo_config import PpoConfig
 from dpo_train.recipes.ratings import rated
 from dpo_train.recipes.results import Claim, Figure, Point, Results, Series, above_at_equal, over_seeds
 from dpo_train.recipes.snippets import HELDOUT_FILE, PROMPTS_FILE, SFT_FILE, judges_snippets, policys_snippets
@@ -208,7 +209,7 @@ def _ppo(
         max_new_tokens=config.evaluate.max_sample_tokens,
         save_every=-(-updates // sizes.ppo_points),
     )
-    content = {**dataclasses.asdict(settings), "seed": config.seed, "code": code_of("ppo")}
+    content = {**dataclasses.asdict(settings), "seed": config.seed, "code": code_of("ppo", "ppo_config")}
     made_of = {**inputs, "model": model_digest(config), "judge": weights_digest(model_folder(judge.path))}
     asked = Split(scored, "train").table(("prompt_ids",))["prompt_ids"].to_pylist()
     reporter = Reporter.from_environment("PPO")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_train.recipes.corpora import Docstring, Package, docstrings, package_descriptions
-from dpo_train.recipes.winrates import Task
+from dpo_train.recipes.winrates import Task, couples
 
 QUESTION = "Summarise this in one short line:\n\n"
 
@@ -23,17 +22,7 @@ def others(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _couples(texts: Sequence[Package | Docstring], seed: int) -> Iterator[dict[str, Any]]:
-    """Two by two: the synopsis that a text has, against the other's."""
-    found = list(texts)
-    random.Random(seed).shuffle(found)
-    for first, second in zip(found[::2], found[1::2], strict=False):
-        if first.synopsis != second.synopsis:
-            yield {
-                "prompt": QUESTION + first.description,
-                "chosen": first.synopsis,
-                "rejected": second.synopsis,
-                "group": f"{first.name}+{second.name}",
-            }
+    yield from couples(((each.name, QUESTION + each.description, each.synopsis) for each in texts), seed)
 
 
 TASK = Task(

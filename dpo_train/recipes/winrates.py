@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -194,6 +195,20 @@ def _examples(flow: Flow, config: RunConfig, sizes: Sizes) -> Artifact:
 
 def _messages(prompt: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+def couples(texts: Iterable[tuple[str, Any, str]], seed: int) -> Iterator[dict[str, Any]]:
+    """Preferences between texts that were written for something: two by two, in a seeded order, the first one's own
+    against the second's. No text is in two couples, and each is as likely the chosen one as the rejected.
+
+    Args:
+        texts: (name, what it was written for, the text).
+    """
+    found = list(texts)
+    random.Random(seed).shuffle(found)
+    for (first, prompt, chosen), (second, _, rejected) in zip(found[::2], found[1::2], strict=False):
+        if chosen != rejected:
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": f"{first}+{second}"}
 
 
 @dataclass(frozen=True, kw_only=True)

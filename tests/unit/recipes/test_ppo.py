@@ -24,7 +24,8 @@ from dpo_train.errors import ConfigError, DataError, MissingPackageError, ModelE
 from dpo_train.evaluate.generate import AnswerPrompts
 from dpo_train.evaluate.samples import PROMPTS_SCHEMA
 from dpo_train.model.reward_model import RewardModel
-from dpo_train.recipes.ppo import JudgedTexts, PpoConfig, PpoPoint, _Run, answer_text, train_ppo
+from dpo_train.recipes.ppo import JudgedTexts, PpoPoint, _Run, answer_text, train_ppo
+from dpo_train.recipes.ppo_config import PpoConfig
 from tests.tiny import tiny_model, tiny_policy, tiny_tokenizer
 from tests.unit.model.reward_models import tiny_reward_model
 
