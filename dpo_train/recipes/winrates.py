@@ -197,16 +197,23 @@ def _messages(prompt: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
-def couples(texts: Iterable[tuple[str, Any, str]], seed: int) -> Iterator[dict[str, Any]]:
+def couples(texts: Iterable[tuple[str, Any, str]], seed: int, *, neighbours: bool = False) -> Iterator[dict[str, Any]]:
     """Preferences between texts that were written for something: two by two, in a seeded order, the first one's own
     against the second's. No text is in two couples, and each is as likely the chosen one as the rejected.
 
     Args:
         texts: (name, what it was written for, the text).
+        neighbours: whether the two stand side by side in ``texts``, not anywhere. Where the order is by name they are
+            about much the same, so that words in common do not give the better one away.
     """
-    found = list(texts)
-    random.Random(seed).shuffle(found)
-    for (first, prompt, chosen), (second, _, rejected) in zip(found[::2], found[1::2], strict=False):
+    found, draw = list(texts), random.Random(seed)
+    if not neighbours:
+        draw.shuffle(found)
+    pairs = list(zip(found[::2], found[1::2], strict=False))
+    if neighbours:
+        draw.shuffle(pairs)
+        pairs = [pair if draw.random() < 0.5 else pair[::-1] for pair in pairs]
+    for (first, prompt, chosen), (second, _, rejected) in pairs:
         if chosen != rejected:
             yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": f"{first}+{second}"}
 
