@@ -90,36 +90,32 @@ def describe(answers: pa.Table, reference: pa.Table | None, *, model: str, seed:
     return tuple(found)
 
 
-def divergence(
-    policy_logps_N: Floats, reference_logps_N: Floats, lengths_N: Floats, prompt_ids: Sequence[str]
-) -> Divergence | None:
+def divergence(log_ratios_N: Floats, lengths_N: Floats, prompt_ids: Sequence[str]) -> Divergence | None:
     """KL(policy || reference) from answers that the policy gave: the mean of log policy - log reference.
 
     Unbiased, and so below 0 now and then where the two are close. An answer that is cut off after so many tokens counts
     as it is: the KL is that of answers of at most that length.
 
     Args:
-        policy_logps_N: log-prob of each whole answer under the policy, its end token counted.
-        reference_logps_N: the same under the reference.
+        log_ratios_N: log policy - log reference of each whole answer, its end token counted.
         lengths_N: tokens of each answer, as they were scored.
         prompt_ids: of each answer the prompt; the standard error is clustered by it.
 
     Returns:
         None with fewer than two prompts, which say nothing about the spread between prompts.
     """
-    differences_N = np.asarray(policy_logps_N, np.float64) - np.asarray(reference_logps_N, np.float64)
     num_groups = len(set(prompt_ids))
     if num_groups < 2:
         return None
-    mean = float(differences_N.mean())
-    deviations_G = np.bincount(number_groups(prompt_ids), weights=differences_N - mean)
+    mean = float(log_ratios_N.mean())
+    deviations_G = np.bincount(number_groups(prompt_ids), weights=log_ratios_N - mean)
     # Liang and Zeger's (1986) variance of a mean over clusters, with the usual factor for few of them.
-    error = float(np.sqrt(num_groups / (num_groups - 1) * (deviations_G**2).sum()) / len(differences_N))
-    kl = Estimate(value=mean, low=mean - Z_95 * error, high=mean + Z_95 * error, n=len(differences_N))
+    error = float(np.sqrt(num_groups / (num_groups - 1) * (deviations_G**2).sum()) / len(log_ratios_N))
+    kl = Estimate(value=mean, low=mean - Z_95 * error, high=mean + Z_95 * error, n=len(log_ratios_N))
     return Divergence(
-        kl=kl if num_groups >= FEW_GROUPS else cluster_bootstrap(differences_N, prompt_ids, seed=0),
+        kl=kl if num_groups >= FEW_GROUPS else cluster_bootstrap(log_ratios_N, prompt_ids, seed=0),
         standard_error=error,
-        per_token=float(differences_N.sum() / np.sum(lengths_N)),
+        per_token=float(log_ratios_N.sum() / np.sum(lengths_N)),
     )
 
 

@@ -22,7 +22,7 @@ from dpo_train.evaluate.statistics import cluster_bootstrap
 from dpo_train.findings import Estimate
 
 TRIALS_FILE = "trials.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Goes up when a key of trials.json is renamed, removed or added, or means something else."""
 
 Parameter = float | int | str
@@ -50,6 +50,8 @@ class Point:
     length_ratio: Estimate | None = None
     reward: Estimate | None = None
     win_rate: Estimate | None = None
+    deviations: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """As of a trial, of what is measured on prompts: in the prompts' order, the same for all points and trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,10 +360,12 @@ def from_dict(content: Mapping[str, Any]) -> tuple[tuple[Trial, ...], Choice | N
 
 
 def trial_to_dict(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON types; the deviations as one text, which is one line of a file."""
-    deviations = {metric: " ".join(map(repr, values_G)) for metric, values_G in trial.deviations.items()}
-    content: dict[str, Any] = _finite(dataclasses.asdict(trial) | {"deviations": deviations})
-    return content
+    """A trial as JSON types."""
+    content: dict[str, Any] = dataclasses.asdict(trial)
+    for each in (content, *content["points"]):
+        each["deviations"] = deviations_to_dict(each["deviations"])
+    finite: dict[str, Any] = _finite(content)
+    return finite
 
 
 def _finite(content: Any) -> Any:
@@ -381,13 +385,27 @@ def trial_from_dict(content: Mapping[str, Any]) -> Trial:
         **{
             **content,
             **{name: estimate_from_dict(content[name]) for name in NUMBERS},
-            "deviations": {metric: tuple(map(float, text.split())) for metric, text in content["deviations"].items()},
+            "deviations": deviations_from_dict(content["deviations"]),
             "points": tuple(
-                Point(step=point["step"], **{name: estimate_from_dict(point[name]) for name in NUMBERS})
+                Point(
+                    step=point["step"],
+                    **{name: estimate_from_dict(point[name]) for name in NUMBERS},
+                    deviations=deviations_from_dict(point["deviations"]),
+                )
                 for point in content["points"]
             ),
         }
     )
+
+
+def deviations_to_dict(deviations: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """By metric one text, which is one line of a file."""
+    return {metric: " ".join(map(repr, values_G)) for metric, values_G in deviations.items()}
+
+
+def deviations_from_dict(content: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """What ``deviations_to_dict`` was given."""
+    return {metric: tuple(map(float, text.split())) for metric, text in content.items()}
 
 
 def estimate_from_dict(content: Mapping[str, Any] | None) -> Estimate | None:

@@ -22,7 +22,7 @@ from dpo_train.data.shards import Split, list_sums
 from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.evaluate import judge as judging
 from dpo_train.evaluate.samples import divergence, turn_ends
-from dpo_train.evaluate.statistics import Means, number_groups, wilson
+from dpo_train.evaluate.statistics import Floats, Means, wilson
 from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.flow import code_of
@@ -52,30 +52,32 @@ class Answers:
         found = self.table.filter(pc.equal(self.table["temperature"], temperature))
         return found.sort_by([("pair_id", "ascending"), ("index", "ascending")])
 
-    def reward(self, temperature: float = 1.0) -> Estimate:
-        """Mean reward of the first answer to each prompt."""
-        return _mean(_first(self.at(temperature))["reward"])
-
     def kl(self) -> Estimate:
-        """KL(policy || reference) in nats per answer, from the answers at temperature 1; 0 of the reference itself."""
+        """KL(policy || reference) in nats per answer, from the answers at temperature 1; 0 of the reference itself.
+
+        Raises:
+            RunError: there is one prompt alone.
+        """
         rows = _first(self.at(1.0))
-        if rows["log_ratio"].null_count:
-            return Estimate(value=0.0, low=0.0, high=0.0, n=len(rows))
-        ratios = rows["log_ratio"].to_numpy()
-        found = divergence(ratios, np.zeros_like(ratios), np.ones_like(ratios), rows["pair_id"].to_pylist())
+        found = divergence(self.log_ratios(), np.ones(len(rows)), rows["pair_id"].to_pylist())
         if found is None:
             raise RunError("One prompt says nothing about the spread of the KL", fix="ask more held-out prompts")
         return found.kl
+
+    def log_ratios(self) -> Floats:
+        """[G] log policy - log reference of the first answer to each prompt at temperature 1; 0 of the reference."""
+        return np.array(_first(self.at(1.0))["log_ratio"].fill_null(0.0), dtype=np.float64)
+
+    def rewards(self, *, best_of: int = 1) -> Floats:
+        """[G] reward of the best of so many answers to each prompt at temperature 1, prompts in the order of their ids;
+        NaN where there is none."""
+        return np.array(self.best_of(best_of)["reward"].to_pylist(), dtype=np.float64)
 
     def best_of(self, number: int, temperature: float = 1.0) -> pa.Table:
         """The answer of the largest reward among the first ``number`` to each prompt; rows as those of ``at``."""
         rows = self.at(temperature)
         rows = rows.filter(pc.less(rows["index"], number))
         return _first(rows.sort_by([("reward", "descending"), ("index", "ascending")]))
-
-    def best_of_reward(self, number: int, temperature: float = 1.0) -> Estimate:
-        """Mean reward of best-of-N."""
-        return _mean(self.best_of(number, temperature)["reward"])
 
 
 def best_of_kl(number: int) -> float:
@@ -309,11 +311,3 @@ def _first(rows: pa.Table) -> pa.Table:
     """The first row of each prompt, in the order of prompts."""
     _, places = np.unique(np.array(rows["pair_id"].to_pylist()), return_index=True)
     return rows.take(pa.array(places))
-
-
-def _mean(rewards: pa.ChunkedArray) -> Estimate:
-    """Of rewards that there are, one to a prompt."""
-    values_N = rewards.drop_null().to_numpy()
-    if not len(values_N):
-        raise RunError("The judge rewards none of the answers with a number", fix="mend evaluate.judge")
-    return Means({"": values_N}, number_groups([str(place) for place in range(len(values_N))]), seed=0).mean("")

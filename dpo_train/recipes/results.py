@@ -6,17 +6,14 @@ Results --write--> results.json, results.md, a PNG per figure
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from dpo_train.disk import write_atomically
-from dpo_train.evaluate.statistics import Z_95, difference
 from dpo_train.findings import Estimate
 
 RESULTS_JSON, RESULTS_MD = "results.json", "results.md"
@@ -90,65 +87,6 @@ class Results:
     notes: tuple[str, ...] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
     """Config, sizes, model, versions, machine."""
-
-
-def at_equal(x: float, points: Sequence[Point]) -> Estimate | None:
-    """y of a line through points, at x; None beside them. The neighbours answer the same prompts, so that their mean is
-    no surer than they are. That x is an estimate itself is left out."""
-    ordered = sorted(points, key=lambda point: point.place)
-    for left, right in itertools.pairwise(ordered):
-        if left.place <= x <= right.place:
-            width = right.place - left.place
-            share = (x - left.place) / width if width else 0.5
-            value, low, high = (
-                (1 - share) * getattr(left.y, end) + share * getattr(right.y, end) for end in ("value", "low", "high")
-            )
-            return Estimate(value=value, low=low, high=high, n=min(left.y.n, right.y.n))
-    return None
-
-
-def above_at_equal(name: str, line: Sequence[Point], others: Sequence[Point], *, method: str, x: str) -> list[Claim]:
-    """Whether the line lies above another method's points, each at its own x, on the whole.
-
-    The differences are of the same prompts, so that their mean is no surer than each of them is.
-    """
-    found = [difference(there, point.y) for point in others if (there := at_equal(point.place, line)) is not None]
-    if not found:
-        return []
-    value, low, high = (fmean(getattr(each, end) for each in found) for end in ("value", "low", "high"))
-    text = f"{name} above {method} at equal {x} (mean over {len(found)} of {len(others)} points)"
-    return [Claim(text=text, found=Estimate(value=value, low=low, high=high, n=found[0].n))]
-
-
-def over_seeds(groups: Sequence[Sequence[Estimate]], *, relative: bool = False) -> list[Estimate]:
-    """The mean of each group's estimates, which differ in their seed alone and saw the same prompts.
-
-    Two seeds say little about the spread between seeds, and many groups of two say enough: it is taken to be the same
-    in all groups (``relative``: in proportion to their means, where these are above 1). To the mean half of the own
-    intervals, which do not shrink by being many, comes that of Student's interval over seeds, as the root of the sum of
-    both squares.
-    """
-    scales = [max(1.0, abs(fmean(one.value for one in group))) if relative else 1.0 for group in groups]
-    freedom = sum(len(group) - 1 for group in groups)
-    squares = sum(
-        sum(((one.value - fmean(each.value for each in group)) / scale) ** 2 for one in group)
-        for group, scale in zip(groups, scales, strict=True)
-    )
-    spread = math.sqrt(squares / freedom) if freedom else 0.0
-    found = []
-    for group, scale in zip(groups, scales, strict=True):
-        value = fmean(one.value for one in group)
-        between = student_95(freedom) * spread * scale / math.sqrt(len(group)) if freedom else 0.0
-        low, high = (
-            math.hypot(fmean(abs(getattr(one, end) - one.value) for one in group), between) for end in ("low", "high")
-        )
-        found.append(Estimate(value=value, low=value - low, high=value + high, n=group[0].n))
-    return found
-
-
-def student_95(freedom: int) -> float:
-    """Student's two-sided 95 % quantile, right to 2 % from 4 degrees of freedom on (Cornish and Fisher's expansion)."""
-    return Z_95 + (Z_95**3 + Z_95) / (4 * freedom) + (5 * Z_95**5 + 16 * Z_95**3 + 3 * Z_95) / (96 * freedom**2)
 
 
 def write(results: Results, folder: Path) -> None:

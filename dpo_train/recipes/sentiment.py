@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 from annotated_types import Ge, Len
 
@@ -28,16 +29,17 @@ from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.data.pairs import Message
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError
-from dpo_train.evaluate.statistics import difference
 from dpo_train.evaluate.trials import TRIALS_FILE
-from dpo_train.findings import Estimate
+from dpo_train.evaluate.trials import Point as TrialPoint
+from dpo_train.evaluate.trials import from_dict as trials_from_dict
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
+from dpo_train.recipes.contrasts import Dot, Mean, above_at_equal, combined, over_seeds
 from dpo_train.recipes.flow import Flow, Setting, code_of, read_lines, with_judge, with_sources
 from dpo_train.recipes.ppo import train_ppo
 from dpo_train.recipes.ppo_config import PpoConfig
 from dpo_train.recipes.ratings import rated
-from dpo_train.recipes.results import Claim, Figure, Point, Results, Series, above_at_equal, over_seeds
+from dpo_train.recipes.results import Claim, Figure, Results, Series
 from dpo_train.recipes.snippets import HELDOUT_FILE, PROMPTS_FILE, SFT_FILE, judges_snippets, policys_snippets
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.sample import RANKED_FILE, sample
@@ -127,16 +129,16 @@ def run(flow: Flow) -> Results:
     inputs = {"scored": scored.record.digest}
     ask_often = functools.partial(answers, config, prompts, inputs=inputs, count=max(sizes.best_of))
     many = flow.step("best-of-N", ask_often)
-    methods = [
-        Series(name="SFT", points=(Point(label="SFT", x=read(many).kl(), y=read(many).reward()),), is_line=False),
-        Series(name="DPO", points=tuple(_trial_points(swept, "DPO"))),
-        Series(name="Preferred-FT", points=tuple(_trial_points(supervised, "Preferred-FT", loss="sft"))),
-        Series(name="Unlikelihood", points=tuple(_trial_points(supervised, "Unlikelihood", loss="unlikelihood"))),
-        Series(name="best-of-N", points=tuple(_best_of(read(many), sizes.best_of))),
-    ]
+    methods = {
+        "SFT": [_asked_dot(read(many), "SFT")],
+        "DPO": _trial_dots(swept, "DPO"),
+        "Preferred-FT": _trial_dots(supervised, "Preferred-FT", loss="sft"),
+        "Unlikelihood": _trial_dots(supervised, "Unlikelihood", loss="unlikelihood"),
+        "best-of-N": list(_best_of(read(many), sizes.best_of)),
+    }
     if sizes.num_ppo_episodes:
-        methods.append(Series(name="PPO", points=tuple(_ppo(flow, config, scored, prompts, inputs))))
-    return _results(flow, config, methods, swept)
+        methods["PPO"] = list(_ppo(flow, config, scored, prompts, inputs))
+    return _results(flow, config, methods)
 
 
 def _of_snippets(config: RunConfig, corpus: Artifact) -> RunConfig:
@@ -163,37 +165,46 @@ def _supervised(config: RunConfig, sizes: Sizes) -> RunConfig:
     return dataclasses.replace(config, sweep=sweep)
 
 
-def _trial_points(sweep: Artifact, method: str, **parameters: Any) -> Iterator[Point]:
-    """A point per setting and step, over all seeds."""
-    trials = json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8"))["trials"]
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def _trial_dots(sweep: Artifact, method: str, **parameters: Any) -> list[Dot]:
+    """A dot per setting and step, over all seeds."""
+    trials, _ = trials_from_dict(json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8")))
+    found: dict[tuple[str, int], list[TrialPoint]] = {}
     for trial in trials:
-        if any(trial["parameters"].get(key) != value for key, value in parameters.items()):
+        if any(trial.parameters.get(key) != value for key, value in parameters.items()):
             continue
-        setting = " ".join(f"{key} {value:g}" for key, value in trial["parameters"].items() if key not in parameters)
-        for point in trial["points"]:
-            if point["kl"] is not None and point["reward"] is not None:
-                found.setdefault((setting, point["step"]), []).append(point)
-    named = [(_label(method, setting, step), points) for (setting, step), points in found.items()]
-    kls = over_seeds([[Estimate(**point["kl"]) for point in points] for _, points in named], relative=True)
-    rewards = over_seeds([[Estimate(**point["reward"]) for point in points] for _, points in named])
-    for (label, _), kl, reward in zip(named, kls, rewards, strict=True):
-        yield Point(label=label, x=kl, y=reward)
+        varied = (f"{key} {value:g}" for key, value in trial.parameters.items() if key not in parameters)
+        setting = " ".join((method, *varied))
+        for point in trial.points:
+            if point.kl is not None and point.reward is not None:
+                found.setdefault((setting, point.step), []).append(point)
+    groups = list(found.values())
+    kls = over_seeds([[_mean(point, "kl") for point in points] for points in groups], relative=True)
+    rewards = over_seeds([[_mean(point, "reward") for point in points] for points in groups])
+    return [
+        Dot(label=f"{setting}, step {step}", setting=setting, x=kl, y=reward)
+        for (setting, step), kl, reward in zip(found, kls, rewards, strict=True)
+    ]
 
 
-def _label(method: str, setting: str, step: int) -> str:
-    return f"{method} {setting}".strip() + f", step {step}"
+def _mean(point: TrialPoint, metric: str) -> Mean:
+    return Mean(value=getattr(point, metric).value, deviations_G=np.array(point.deviations[metric]))
 
 
-def _best_of(many: Answers, numbers: Sequence[int]) -> Iterator[Point]:
+def _asked_dot(said: Answers, label: str) -> Dot:
+    return Dot(label=label, setting=label, x=Mean.of(said.log_ratios()), y=Mean.of(said.rewards()))
+
+
+def _best_of(many: Answers, numbers: Sequence[int]) -> Iterator[Dot]:
     for number in numbers:
         if number > 1:
-            yield Point(label=f"best of {number}", x=best_of_kl(number), y=many.best_of_reward(number))
+            rewards_G = many.rewards(best_of=number)
+            kl = Mean.known(best_of_kl(number), len(rewards_G))
+            yield Dot(label=f"best of {number}", setting="best-of-N", x=kl, y=Mean.of(rewards_G))
 
 
 def _ppo(
     flow: Flow, config: RunConfig, scored: Artifact, prompts: pa.Table, inputs: Mapping[str, str]
-) -> Iterator[Point]:
+) -> Iterator[Dot]:
     """PPO's policies on the way, asked like all others."""
     sizes, judge = flow.setting.sizes, config.evaluate.judge
     assert isinstance(judge, RewardModelJudge), "checked before"
@@ -233,22 +244,25 @@ def _ppo(
         folder = str(made.path / "points" / name)
         ask = functools.partial(answers, config, prompts, inputs=inputs, folder=folder)
         said = flow.step("answers: PPO", ask)
-        yield Point(label=f"PPO, {episodes} episodes", x=read(said).kl(), y=read(said).reward())
+        yield dataclasses.replace(_asked_dot(read(said), f"PPO, {episodes} episodes"), setting="PPO")
 
 
-def _results(flow: Flow, config: RunConfig, methods: Sequence[Series], swept: Artifact) -> Results:
-    by_name = {series.name: series.points for series in methods}
-    line = (*by_name["SFT"], *by_name["DPO"])
+def _results(flow: Flow, config: RunConfig, methods: Mapping[str, Sequence[Dot]]) -> Results:
+    (start,) = methods["SFT"]
+    line = (start, *methods["DPO"])
     claims = [
         claim
-        for name, points in by_name.items()
+        for name, dots in methods.items()
         if name not in {"SFT", "DPO"}
-        for claim in above_at_equal("DPO", line, points, method=name, x="KL")
+        for claim in above_at_equal("DPO", line, dots, method=name)
     ]
-    claims += _smaller_kl(swept)
+    claims += _smaller_kl(methods["DPO"])
     gained = [
-        Claim(text=f"{point.label}: more reward than SFT", found=difference(point.y, by_name["SFT"][0].y))
-        for point in _ends(by_name["DPO"])
+        Claim(
+            text=f"{dot.label}: more reward than SFT",
+            found=combined([(1.0, dot.setting, dot.y), (-1.0, start.setting, start.y)]),
+        )
+        for dot in _ends(methods["DPO"])
     ]
     return Results(
         recipe="sentiment",
@@ -259,7 +273,10 @@ def _results(flow: Flow, config: RunConfig, methods: Sequence[Series], swept: Ar
                 title="Expected reward against KL, over methods, betas and steps",
                 x_label="KL(policy || SFT model), nats per answer",
                 y_label="mean reward (log-odds of being positive)",
-                series=tuple(methods),
+                series=tuple(
+                    Series(name=name, points=tuple(dot.point for dot in dots), is_line=name != "SFT")
+                    for name, dots in methods.items()
+                ),
             ),
         ),
         claims=(*claims, *gained),
@@ -289,18 +306,15 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _ends(points: Sequence[Point]) -> list[Point]:
-    """The last point of each setting."""
-    last: dict[str, Point] = {point.label.rpartition(", step")[0]: point for point in points}
-    return list(last.values())
+def _ends(dots: Sequence[Dot]) -> list[Dot]:
+    """The last dot of each setting."""
+    return list({dot.setting: dot for dot in dots}.values())
 
 
-def _smaller_kl(swept: Artifact) -> Iterator[Claim]:
+def _smaller_kl(dots: Sequence[Dot]) -> Iterator[Claim]:
     """Of neighbouring betas."""
-    ends = _ends(list(_trial_points(swept, "DPO")))
-    ends.sort(key=lambda point: float(point.label.split("beta ")[1].split(",")[0]))
+    ends = sorted(_ends(dots), key=lambda dot: float(dot.setting.split("beta ")[1]))
     for small, large in itertools.pairwise(ends):
-        assert isinstance(small.x, Estimate), "measured"
-        assert isinstance(large.x, Estimate), "likewise"
-        names = [point.label.rpartition(", step")[0].removeprefix("DPO ") for point in (large, small)]
-        yield Claim(text=f"{names[0]} has a smaller KL than {names[1]}", found=difference(small.x, large.x))
+        names = [dot.setting.removeprefix("DPO ") for dot in (large, small)]
+        found = combined([(1.0, small.setting, small.x), (-1.0, large.setting, large.x)])
+        yield Claim(text=f"{names[0]} has a smaller KL than {names[1]}", found=found)

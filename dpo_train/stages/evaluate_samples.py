@@ -154,14 +154,19 @@ def answer_tables(answers: pa.Table, asked: pa.Table) -> list[pa.Table]:
 
 def estimate_kl(answers: pa.Table, reference: pa.Table) -> Divergence | None:
     """The KL from answers with their log-probs under the policy, and those under the reference."""
-    sums = dict(zip(reference["pair_id"].to_pylist(), list_sums(reference["chosen_logps"]), strict=True))
-    ids = answers["pair_id"].to_pylist()
+    ratios = answer_log_ratios(answers, reference)
     return divergence(
-        answers["logps"].to_numpy(),
-        np.array([sums[pair_id] for pair_id in ids]),
+        np.array(list(ratios.values())),
         np.array([len(each) for each in answers["answer_ids"].to_pylist()], dtype=np.float64),
-        ids,
+        list(ratios),
     )
+
+
+def answer_log_ratios(answers: pa.Table, reference: pa.Table) -> dict[str, float]:
+    """log policy - log reference by ``pair_id``, in the order of the answers, of which there is one to each."""
+    theirs = dict(zip(reference["pair_id"].to_pylist(), list_sums(reference["chosen_logps"]).tolist(), strict=True))
+    ours = zip(answers["pair_id"].to_pylist(), answers["logps"].to_pylist(), strict=True)
+    return {pair_id: logp - theirs[pair_id] for pair_id, logp in ours}
 
 
 class _Reading(NamedTuple):

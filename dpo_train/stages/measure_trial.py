@@ -34,7 +34,13 @@ from dpo_train.progress import Reporter
 from dpo_train.stages.check import check_rows
 from dpo_train.stages.evaluate_judge import ask_endpoint, reward_answers
 from dpo_train.stages.evaluate_models import SCORE_COLUMNS, WORK, Asked, Replies, ask, pair_tables, prompt_tables
-from dpo_train.stages.evaluate_samples import answer_tables, check_lengths, distinct_prompts, estimate_kl
+from dpo_train.stages.evaluate_samples import (
+    answer_log_ratios,
+    answer_tables,
+    check_lengths,
+    distinct_prompts,
+    estimate_kl,
+)
 from dpo_train.stages.executor import Executor
 from dpo_train.stages.score_reference import join_scores
 
@@ -67,6 +73,13 @@ class Sampled:
     kl: Estimate | None = None
     length_ratio: Estimate | None = None
     judged: Judged = field(default_factory=Judged)
+    values_N: Mapping[str, Floats] = field(default_factory=dict)
+    """By metric each prompt's value (NaN: unjudged)."""
+
+    @property
+    def deviations(self) -> dict[str, tuple[float, ...]]:
+        """See ``Point.deviations``."""
+        return {name: deviations(values_N, np.arange(len(values_N))) for name, values_N in self.values_N.items()}
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -156,10 +169,11 @@ def measure_trial(
     )
     if said.answers is not None:
         sampled = _sampled(config, asked, said.answers, prompts, executor, out, mine, reporter, at_end=True)
-        values = sampled.judged.values_N.items()
-        found = {name: deviations(values_N, np.arange(len(values_N))) for name, values_N in values}
         trial = replace(
-            trial, **sampled.numbers, deviations={**trial.deviations, **found}, failure=_problem(config, sampled)
+            trial,
+            **sampled.numbers,
+            deviations={**trial.deviations, **sampled.deviations},
+            failure=_problem(config, sampled),
         )
     return replace(trial, points=_points(policy, trial, np.bincount(group_P)))
 
@@ -246,13 +260,19 @@ def _sampled(
         theirs = ask(config, reference, out, executor, reporter, prompts=_questions(config, prompts)).answers
     scores = ask(config, reference, mine, executor, reporter, pairs=answer_tables(answers, prompts)).scores
     divergence = estimate_kl(answers, scores)
+    ratios = answer_log_ratios(answers, scores)
+    ratios_N = np.array([ratios[pair_id] for pair_id in prompts["pair_id"].to_pylist()])
     (described,) = describe(answers, theirs, model="policy", seed=config.seed)
-    sampled = Sampled(kl=None if divergence is None else divergence.kl, length_ratio=described.length_ratio)
+    sampled = Sampled(
+        kl=None if divergence is None else divergence.kl,
+        length_ratio=described.length_ratio,
+        values_N={} if divergence is None else {"kl": ratios_N},
+    )
     judge = config.evaluate.judge
     if judge is None or not asks_judge(config, at_end=at_end):
         return sampled
     judged = _judged(config, judge, prompts, _texts(answers), _texts(theirs), executor, out, reporter)
-    return replace(sampled, judged=judged)
+    return replace(sampled, judged=judged, values_N={**sampled.values_N, **judged.values_N})
 
 
 def _problem(config: RunConfig, sampled: Sampled) -> str | None:
@@ -317,4 +337,5 @@ def _points(policy: Artifact, trial: Trial, sizes_G: Ints) -> tuple[Point, ...]:
         accuracy = line.get("validation/rewards/accuracy")
         if accuracy is not None and line["step"] + 1 < end:
             way.append(Point(step=int(line["step"]) + 1, accuracy=accuracy_of(accuracy, sizes_G)))
-    return (*way, Point(step=end, **{name: getattr(trial, name) for name in NUMBERS}))
+    of_prompts = {name: found for name, found in trial.deviations.items() if name != "accuracy"}
+    return (*way, Point(step=end, **{name: getattr(trial, name) for name in NUMBERS}, deviations=of_prompts))

@@ -13,6 +13,7 @@ from dpo_train.evaluate.trials import (
     NUMBERS,
     Point,
     Trial,
+    deviations_from_dict,
     estimate_from_dict,
     excess,
     pool_estimates,
@@ -62,7 +63,8 @@ class Standing:
         self._count(result)
         accuracy = accuracy_of(self.metrics["validation/rewards/accuracy"], sizes_G)
         sampled = {name: estimate_from_dict(found) for name, found in result["sampled"].items()}
-        self.points = _joined(self.points, [Point(step=result["step"], accuracy=accuracy, **sampled)])
+        found = deviations_from_dict(result["deviations"])
+        self.points = _joined(self.points, [Point(step=result["step"], accuracy=accuracy, **sampled, deviations=found)])
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """It has come to its own end. The result may be another sweep's, which called the trial by another name."""
@@ -114,7 +116,8 @@ def _joined(before: Sequence[Point], after: Iterable[Point]) -> list[Point]:
     for point in after:
         known = _numbers(found.get(point.step, point))
         measured = {name: estimate for name, estimate in _numbers(point).items() if estimate is not None}
-        found[point.step] = replace(point, **{**known, **measured})
+        both = {**found.get(point.step, point).deviations, **point.deviations}
+        found[point.step] = replace(point, **{**known, **measured}, deviations=both)
     return [found[step] for step in sorted(found)]
 
 

@@ -25,7 +25,7 @@ from dpo_train.artifacts import (
 from dpo_train.config import RunConfig
 from dpo_train.disk import is_locked, lock_path
 from dpo_train.errors import StoreError
-from dpo_train.evaluate.trials import trial_to_dict
+from dpo_train.evaluate.trials import deviations_to_dict, trial_to_dict
 from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import storage_options
@@ -127,7 +127,7 @@ class TrialTask:
 
         Returns:
             ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished, else
-            ``sampled``, what its answers show there; ``seconds`` that this call took.
+            ``sampled`` and ``deviations``, what its answers show there; ``seconds`` that this call took.
         """
         start = time.perf_counter()
         storage.use(storage_options(self.config))
@@ -136,9 +136,10 @@ class TrialTask:
         try:
             policy = self.train(executor)
         except Paused as paused:
-            sampled = self._sampled(paused.step, executor, out).numbers
+            sampled = self._sampled(paused.step, executor, out)
             result: dict[str, Any] = {"step": paused.step, "metrics": dict(paused.metrics)}
-            result["sampled"] = {name: estimate and asdict(estimate) for name, estimate in sampled.items()}
+            result["sampled"] = {name: estimate and asdict(estimate) for name, estimate in sampled.numbers.items()}
+            result["deviations"] = deviations_to_dict(sampled.deviations)
         else:
             trial = measure_trial(
                 self.config, self.scored, policy, name=self.name, parameters=self.parameters, seed=self.seed,

@@ -214,7 +214,8 @@ def test_pooled_interval_joins_the_pairs_and_the_seeds() -> None:
 
 def test_trials_json_gives_back_what_was_written() -> None:
     """Through text, estimates, points and deviations and all."""
-    points = (Point(step=20, **{name: estimate(0.1 * place) for place, name in enumerate(NUMBERS)}), Point(step=40))
+    measured = {name: estimate(0.1 * place) for place, name in enumerate(NUMBERS)}
+    points = (Point(step=20, **measured, deviations={"kl": (0.25, -0.25), "reward": (1e-7, -1e-7)}), Point(step=40))
     whole = trial("110", seed=1, steps=40, kl=estimate(3.2), points=points)
     trials = (whole, failed(0.01))
     choice = select(trials, ACCURACY)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
@@ -29,6 +28,7 @@ from dpo_train.recipes.answers import (
     rewards_of_chosen,
     win_rate,
 )
+from dpo_train.recipes.contrasts import Mean
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.executor import InProcess
 from tests.tiny import tiny_config
@@ -114,7 +114,7 @@ def test_more_steps_of_a_finished_training_are_there_too(
 def test_kl_is_the_evaluations(
     config: RunConfig, scored: Artifact, prompts: pa.Table, along: list[tuple[int, Artifact]]
 ) -> None:
-    """Of the same answers to the same prompts; the reference has none from itself."""
+    """Of the same answers to the same prompts; the reference has none from itself. The mean of log-ratios is it too."""
     policy = along[-1][1]
     report = json.loads(evaluate(config, scored, policy, LOCAL).file("report.json").read_text(encoding="utf-8"))
     found = read(asked(config, scored, prompts, policy))
@@ -124,6 +124,10 @@ def test_kl_is_the_evaluations(
     assert found.kl().value == pytest.approx(expected["value"], rel=1e-6)
     assert found.kl().n == expected["n"] == PROMPTS
     assert found.kl().value > 0.05, "it was trained"
+    ratios = Mean.of(found.log_ratios())
+    assert ratios.value == pytest.approx(found.kl().value)
+    # Here by Student's t over a handful of prompts, there by resampling.
+    assert ratios.estimate.high - ratios.value == pytest.approx(found.kl().high - found.kl().value, rel=0.5)
     assert (reference.kl().value, reference.kl().high) == (0.0, 0.0)
 
 
@@ -139,10 +143,14 @@ def test_rewards_are_of_the_answers_and_the_chosen_have_theirs(
     assert all(row["reward"] == len(row["answer"]) for row in rows)
     assert chosen == {row["pair_id"]: float(len(row["chosen"])) for row in prompts.to_pylist()}
     firsts = [row["reward"] for row in rows if row["index"] == 0 and row["temperature"] == 0.5]
-    assert found.reward(0.5).value == pytest.approx(np.mean(firsts))
-    best = [max(r["reward"] for r in rows if r["pair_id"] == p and r["temperature"] == 1.0) for p in chosen]
-    assert found.best_of_reward(3).value == pytest.approx(np.mean(best))
-    assert found.best_of_reward(1).value == pytest.approx(found.reward().value)
+    assert sorted(found.best_of(1, 0.5)["reward"].to_pylist()) == sorted(firsts)
+    best = [max(r["reward"] for r in rows if r["pair_id"] == p and r["temperature"] == 1.0) for p in sorted(chosen)]
+    assert found.rewards(best_of=3).tolist() == best
+    assert found.rewards().tolist() == [
+        row["reward"]
+        for row in sorted(rows, key=lambda row: row["pair_id"])
+        if not row["index"] and row["temperature"] == 1.0
+    ]
     assert asked(config, scored, prompts, temperatures=(0.5, 1.0), count=3).reused
     assert not asked(replace(config, seed=9), scored, prompts, temperatures=(0.5, 1.0), count=3).reused
 
@@ -199,7 +207,10 @@ def test_a_judge_that_says_nothing_is_an_error() -> None:
             "reward": pa.nulls(2, pa.float64()),
         }
     )
-    for call in (lambda: win_rate(outcomes(table, {"a": 1.0, "b": 1.0})), lambda: Answers(table=table).reward()):
+    for call in (
+        lambda: win_rate(outcomes(table, {"a": 1.0, "b": 1.0})),
+        lambda: Mean.of(Answers(table=table).rewards()),
+    ):
         with pytest.raises(RunError, match="rewards none"):
             call()
 

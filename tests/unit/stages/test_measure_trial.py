@@ -109,7 +109,8 @@ def test_points_follow_the_training_to_its_end(made: Made, tmp_path: Path) -> No
     assert trial.points[0].accuracy is not None
     assert trial.points[0].accuracy.value == pytest.approx(first["validation/rewards/accuracy"])
     assert trial.points[0].kl is None
-    assert trial.points[1] == Point(step=20, **{name: getattr(trial, name) for name in NUMBERS})
+    numbers = {name: getattr(trial, name) for name in NUMBERS}
+    assert trial.points[1] == Point(step=20, **numbers, deviations={"kl": trial.deviations["kl"]})
 
 
 def test_kl_is_the_mean_log_ratio_of_the_policys_own_answers(made: Made, tmp_path: Path) -> None:
@@ -186,7 +187,9 @@ def test_reward_is_the_judges_mean_over_prompts(made: Made, tmp_path: Path, monk
     assert trial.reward.value == pytest.approx(np.mean(list(mine.values())))
     wins = [(mine[each] > others[each]) + 0.5 * (mine[each] == others[each]) for each in mine]
     assert trial.win_rate.value == pytest.approx(np.mean(wins))
-    assert {name: len(found) for name, found in trial.deviations.items()} == {"accuracy": 8, "win_rate": 6, "reward": 6}
+    assert {name: len(found) for name, found in trial.deviations.items()} == {
+        "accuracy": 8, "kl": 6, "win_rate": 6, "reward": 6
+    }  # fmt: skip
     assert (first.others, again.others) == (2, 1)
 
 

@@ -54,6 +54,7 @@ def paused(step: int, accuracy: float, kl: float | None) -> dict[str, Any]:
         "step": step,
         "metrics": {"validation/rewards/accuracy": accuracy},
         "sampled": {"kl": found, "length_ratio": found, "reward": reward, "win_rate": None},
+        "deviations": {"kl": "0.5 -0.5"},
         "seconds": 1.5,
     }
 
@@ -66,7 +67,10 @@ def test_a_step_stands_once_with_all_numbers_whoever_measured_it_last(config: Ru
     assert [point.step for point in one.points] == [1, 4]
     trial = Trial(
         name="beta=0.1,epochs=2", parameters={"beta": 0.1, "epochs": 2}, seed=7,
-        points=(Point(step=4, accuracy=estimate(0.8)), Point(step=8, kl=estimate(3.0))),
+        points=(
+            Point(step=4, accuracy=estimate(0.8)),
+            Point(step=8, kl=estimate(3.0), deviations={"kl": (0.25, -0.25)}),
+        ),
     )  # fmt: skip
 
     one.finish({"metrics": {}, "trial": trial_to_dict(trial), "seconds": 2.0})
@@ -76,6 +80,7 @@ def test_a_step_stands_once_with_all_numbers_whoever_measured_it_last(config: Ru
     assert (one.trial.name, one.trial.parameters, one.trial.seed) == ("beta=0.1,seed=0", {"beta": 0.1}, 0)
     names = ("accuracy", "kl", "length_ratio", "reward")
     known = [(p.step, *(e and e.value for e in (getattr(p, name) for name in names))) for p in one.trial.points]
+    assert [point.deviations for point in one.trial.points] == [{"kl": (0.5, -0.5)}] * 2 + [{"kl": (0.25, -0.25)}]
     assert known == [(1, 0.5, 0.1, 0.1, 0.2), (4, 0.8, 2.0, 2.0, 2.1), (8, None, 3.0, None, None)]
 
 
