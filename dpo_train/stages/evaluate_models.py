@@ -1,12 +1,13 @@
 """What an evaluation asks of its models: log-probs of held-out pairs, and answers to held-out prompts.
 
 Each model is loaded once per worker and asked everything at once. What it said is kept beside the output until that is
-complete, so that an evaluation that was cut short does not ask again.
+complete, table by table as it comes, so that an evaluation that was cut short does not ask again.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ WORK = "work"
 CHAMPION = f"{WORK}/champion"
 """The champion's model folder, where all workers can reach it."""
 
+_KEYS = ("pair_id", "temperature", "index")
+"""What questions and their results have in common, row by row; questions for scores have the first alone."""
 SCORE_COLUMNS = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -87,9 +90,9 @@ def ask(
     missing = {name: tables for name, tables in wanted.items() if tables and not kept[name].is_file()}
     if missing:
         found = _asked(config, asked, out, executor, reporter, missing)
-        folder.mkdir(exist_ok=True)
         for name in missing:
             _write(found[name], kept[name])
+        shutil.rmtree(_parts(out, asked), ignore_errors=True)
     return Replies(**{name: pq.read_table(kept[name]) if tables else None for name, tables in wanted.items()})
 
 
@@ -117,6 +120,7 @@ def _link(source: str, target: str) -> None:
 def _write(table: pa.Table, path: Path) -> None:
     """Whole or absent."""
     # Trials of a sweep that run side by side may both ask the reference.
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")
     pq.write_table(table, temporary)
     temporary.replace(path)
@@ -132,10 +136,16 @@ def _asked(
 ) -> dict[str, pa.Table]:
     build = functools.partial(_build, config, asked)
     reporter.message(f"asking the {asked.name}")
-    if not config.compute.score_sharded:
+    found: dict[str, list[pa.Table]] = {"scores": [], "answers": []}
+    before = 0
+    if not config.compute.score_sharded:  # ranks keep their results themselves
+        for name, tasks in questions.items():
+            paths = [_part(out, asked, task) for task in tasks]
+            found[name] = [pq.read_table(path) for path in paths if path.is_file()]
+            questions[name] = [task for task, path in zip(tasks, paths, strict=True) if not path.is_file()]
+        before = sum(len(table) for tables in found.values() for table in tables)
         # One pool of workers for both, so that each loads the model once. Ranks must all do the same at a time.
         questions = {" and ".join(questions): [task for tasks in questions.values() for task in tasks]}
-    found: dict[str, list[pa.Table]] = {"scores": [], "answers": []}
     for unit, tasks in questions.items():
         for table in map_with_model(
             config,
@@ -146,10 +156,23 @@ def _asked(
             reporter,
             name=asked.name,
             sizes=list(map(len, tasks)),
+            before=before,
             unit={"scores": "pairs"}.get(unit, unit),
         ):
             found["answers" if "answer" in table.column_names else "scores"].append(table)
+            if not config.compute.score_sharded:
+                _write(table, _part(out, asked, table))
     return {name: pa.concat_tables(tables) for name, tables in found.items() if tables}
+
+
+def _parts(out: Output, asked: Asked) -> Path:
+    return out.path / WORK / f"{asked.name}-parts"
+
+
+def _part(out: Output, asked: Asked, table: pa.Table) -> Path:
+    """Where the result of one table of questions is kept, under a name that it shares with the questions."""
+    keys = table.select([name for name in _KEYS if name in table.column_names])
+    return _parts(out, asked) / f"{hashlib.sha256(repr(keys.to_pydict()).encode()).hexdigest()[:32]}.parquet"
 
 
 def pair_tables(pairs: pa.Table) -> list[pa.Table]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +18,7 @@ from dpo_train.data.prompts import read_prompt_lines
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.stages import prepare, sample
-from dpo_train.stages.executor import InProcess
+from dpo_train.stages.executor import InProcess, TableFunction
 from dpo_train.stages.sample import ANSWERS_FILE, RANKED_FILE
 from tests.command import dpo, write_config
 from tests.tiny import tiny_config
@@ -91,6 +92,40 @@ def test_the_same_again_is_reused_and_other_content_is_not(config: RunConfig, ma
     tables = [pq.read_table(each.file(ANSWERS_FILE))["answer"].to_pylist() for each in (made, other_seed, cold)]
     assert tables[0] != tables[1]
     assert tables[0] != tables[2]
+
+
+class Interrupted(InProcess):
+    """Counts the tables that a model is given, and dies instead of taking one more than it may."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.done = most, 0
+
+    def map_tables(
+        self, make: Callable[[], TableFunction], tables: Sequence[pa.Table], *, uses_model: bool
+    ) -> Iterator[pa.Table]:
+        function = make()
+        for table in tables:
+            if uses_model:
+                if self.done == self.most:
+                    raise KeyboardInterrupt
+                self.done += 1
+            yield function(table)
+
+
+def test_what_was_answered_before_an_interruption_is_not_asked_again(config: RunConfig, tmp_path: Path) -> None:
+    """15 answers, 4 at a time: two of four tables were answered."""
+    config = replace(with_evaluate(config, sample_batch=4), store=str(tmp_path))
+    first, second = Interrupted(2), Interrupted(99)
+    with pytest.raises(KeyboardInterrupt):
+        sample(config, PROMPTS, first, count=5)
+
+    resumed = sample(config, PROMPTS, second, count=5)
+
+    unbroken = sample(replace(config, store=f"{tmp_path}-unbroken"), PROMPTS, LOCAL, count=5)
+    assert (first.done, second.done) == (2, 2)
+    assert resumed.record.digest == unbroken.record.digest
+    assert {path.name for path in resumed.path.iterdir()} == {path.name for path in unbroken.path.iterdir()}
+    assert not list(resumed.path.rglob("*-parts"))
 
 
 def test_without_a_judge_there_are_answers_and_no_ranking(config: RunConfig) -> None:
