@@ -118,11 +118,19 @@ def percentiles(replicates_R: Floats, num_groups: int) -> tuple[float, float]:
 
     With 10 groups the levels are 0.9 % and 99.1 %; from 1,000 on they are 2.5 % and 97.5 %.
     """
-    z, freedom = Z_95, num_groups - 1
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    level = NormalDist().cdf(-t * math.sqrt(num_groups / freedom))
+    freedom = num_groups - 1
+    level = NormalDist().cdf(-student_95(freedom) * math.sqrt(num_groups / freedom))
     low, high = np.quantile(replicates_R, [level, 1 - level])
     return float(low), float(high)
+
+
+def student_95(freedom: int) -> float:
+    """Student's two-sided 95 % quantile; from 9 degrees of freedom on by Cornish and Fisher's expansion, right to
+    0.2 %."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    z = Z_95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def effective_groups(sizes_G: Floats) -> float:
@@ -246,7 +254,7 @@ def _few_groups(value: float, sums_G: Floats, sizes_G: Floats) -> tuple[float, f
     else:
         residuals_G = sums_G - value * sizes_G
         variance = num_groups / (num_groups - 1) * float((residuals_G**2).sum()) / float(sizes_G.sum()) ** 2
-        half = _T_95[num_groups - 2] * math.sqrt(variance)
+        half = student_95(num_groups - 1) * math.sqrt(variance)
     return value - half, value + half
 
 

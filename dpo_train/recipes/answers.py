@@ -70,8 +70,9 @@ class Answers:
 
     def rewards(self, *, best_of: int = 1) -> Floats:
         """[G] reward of the best of so many answers to each prompt at temperature 1, prompts in the order of their ids;
-        NaN where there is none."""
-        return np.array(self.best_of(best_of)["reward"].to_pylist(), dtype=np.float64)
+        NaN where there is none, or no finite one."""
+        rewards_G = np.array(self.best_of(best_of)["reward"].to_pylist(), dtype=np.float64)
+        return np.where(np.isfinite(rewards_G), rewards_G, np.nan)
 
     def best_of(self, number: int, temperature: float = 1.0) -> pa.Table:
         """The answer of the largest reward among the first ``number`` to each prompt; rows as those of ``at``."""

@@ -16,7 +16,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from dpo_train.errors import ConfigError
 from dpo_train.evaluate.trials import TRIALS_FILE
 from dpo_train.evaluate.trials import Point as TrialPoint
 from dpo_train.evaluate.trials import from_dict as trials_from_dict
+from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
 from dpo_train.recipes.contrasts import Dot, Mean, above_at_equal, combined, over_seeds
@@ -90,6 +91,12 @@ def check(setting: Setting) -> None:
             got=", ".join(sweep.space) or "nothing to vary",
             fix="set sweep.betas=[...], and none of sweep.losses, learning_rates, epochs, lora_ranks",
         )
+    if sweep.halving is not None:
+        raise ConfigError(
+            "The recipe sentiment compares betas at the end of their trainings",
+            got=f"sweep.halving={sweep.halving}, which ends some of them before",
+            fix="leave sweep.halving out",
+        )
     if sizes.num_ppo_episodes and not isinstance(judge, RewardModelJudge):
         raise ConfigError(
             "PPO learns from a reward model, and evaluate.judge is none",
@@ -131,9 +138,9 @@ def run(flow: Flow) -> Results:
     many = flow.step("best-of-N", ask_often)
     methods = {
         "SFT": [_asked_dot(read(many), "SFT")],
-        "DPO": _trial_dots(swept, "DPO"),
-        "Preferred-FT": _trial_dots(supervised, "Preferred-FT", loss="sft"),
-        "Unlikelihood": _trial_dots(supervised, "Unlikelihood", loss="unlikelihood"),
+        **_trial_dots(
+            {"DPO": (swept, None), "Preferred-FT": (supervised, "sft"), "Unlikelihood": (supervised, "unlikelihood")}
+        ),
         "best-of-N": list(_best_of(read(many), sizes.best_of)),
     }
     if sizes.num_ppo_episodes:
@@ -165,33 +172,39 @@ def _supervised(config: RunConfig, sizes: Sizes) -> RunConfig:
     return dataclasses.replace(config, sweep=sweep)
 
 
-def _trial_dots(sweep: Artifact, method: str, **parameters: Any) -> list[Dot]:
-    """A dot per setting and step, over all seeds."""
-    trials, _ = trials_from_dict(json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8")))
-    found: dict[tuple[str, int], list[TrialPoint]] = {}
-    for trial in trials:
-        if any(trial.parameters.get(key) != value for key, value in parameters.items()):
-            continue
-        varied = (f"{key} {value:g}" for key, value in trial.parameters.items() if key not in parameters)
-        setting = " ".join((method, *varied))
-        for point in trial.points:
-            if point.kl is not None and point.reward is not None:
-                found.setdefault((setting, point.step), []).append(point)
-    groups = list(found.values())
-    kls = over_seeds([[_mean(point, "kl") for point in points] for points in groups], relative=True)
-    rewards = over_seeds([[_mean(point, "reward") for point in points] for points in groups])
-    return [
-        Dot(label=f"{setting}, step {step}", setting=setting, x=kl, y=reward)
-        for (setting, step), kl, reward in zip(found, kls, rewards, strict=True)
-    ]
+def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]]) -> dict[str, list[Dot]]:
+    """By method a dot per setting and step, over all seeds.
+
+    Args:
+        swept: by method its sweep, and its loss where the sweep varies that.
+    """
+    found: dict[tuple[str, str, int], list[TrialPoint]] = {}
+    for method, (sweep, loss) in swept.items():
+        trials, _ = trials_from_dict(json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8")))
+        for trial in trials:
+            if trial.parameters.get("loss") != loss:
+                continue
+            beta = trial.parameters.get("beta")
+            setting = method if beta is None else f"{method} beta {beta:g}"
+            for point in trial.points:
+                if point.kl is not None and point.reward is not None:
+                    found.setdefault((method, setting, point.step), []).append(point)
+    settings, points = [setting for _, setting, _ in found], list(found.values())
+    kls = over_seeds([[_mean(one, "kl") for one in each] for each in points], settings, relative=True)
+    rewards = over_seeds([[_mean(one, "reward") for one in each] for each in points], settings)
+    dots: dict[str, list[Dot]] = {method: [] for method in swept}
+    for (method, setting, step), kl, reward in zip(found, kls, rewards, strict=True):
+        dots[method].append(Dot(setting=setting, step=step, x=kl, y=reward))
+    return dots
 
 
 def _mean(point: TrialPoint, metric: str) -> Mean:
-    return Mean(value=getattr(point, metric).value, deviations_G=np.array(point.deviations[metric]))
+    found: Estimate = getattr(point, metric)
+    return Mean(value=found.value, deviations_G=np.array(point.deviations[metric]), n=found.n)
 
 
 def _asked_dot(said: Answers, label: str) -> Dot:
-    return Dot(label=label, setting=label, x=Mean.of(said.log_ratios()), y=Mean.of(said.rewards()))
+    return Dot(setting=label, step=None, x=Mean.of(said.log_ratios()), y=Mean.of(said.rewards()))
 
 
 def _best_of(many: Answers, numbers: Sequence[int]) -> Iterator[Dot]:
@@ -199,7 +212,7 @@ def _best_of(many: Answers, numbers: Sequence[int]) -> Iterator[Dot]:
         if number > 1:
             rewards_G = many.rewards(best_of=number)
             kl = Mean.known(best_of_kl(number), len(rewards_G))
-            yield Dot(label=f"best of {number}", setting="best-of-N", x=kl, y=Mean.of(rewards_G))
+            yield Dot(setting=f"best of {number}", step=None, x=kl, y=Mean.of(rewards_G))
 
 
 def _ppo(
@@ -244,17 +257,19 @@ def _ppo(
         folder = str(made.path / "points" / name)
         ask = functools.partial(answers, config, prompts, inputs=inputs, folder=folder)
         said = flow.step("answers: PPO", ask)
-        yield dataclasses.replace(_asked_dot(read(said), f"PPO, {episodes} episodes"), setting="PPO")
+        if np.isfinite(read(said).log_ratios()).all():
+            yield _asked_dot(read(said), f"PPO, {episodes} episodes")
+        else:
+            flow.notes.append(f"PPO has diverged after {episodes} episodes: log-probs of its answers are not finite")
 
 
 def _results(flow: Flow, config: RunConfig, methods: Mapping[str, Sequence[Dot]]) -> Results:
     (start,) = methods["SFT"]
-    line = (start, *methods["DPO"])
     claims = [
         claim
         for name, dots in methods.items()
         if name not in {"SFT", "DPO"}
-        for claim in above_at_equal("DPO", line, dots, method=name)
+        for claim in above_at_equal("DPO", start, methods["DPO"], dots, method=name)
     ]
     claims += _smaller_kl(methods["DPO"])
     gained = [
@@ -308,7 +323,7 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
 
 def _ends(dots: Sequence[Dot]) -> list[Dot]:
     """The last dot of each setting."""
-    return list({dot.setting: dot for dot in dots}.values())
+    return list({dot.setting: dot for dot in sorted(dots, key=lambda dot: dot.step or 0)}.values())
 
 
 def _smaller_kl(dots: Sequence[Dot]) -> Iterator[Claim]:

@@ -122,7 +122,10 @@ def _write(table: pa.Table, path: Path) -> None:
     # Trials of a sweep that run side by side may both ask the reference.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")
-    pq.write_table(table, temporary)
+    with temporary.open("wb") as stream:
+        pq.write_table(table, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(path)
 
 
@@ -140,7 +143,7 @@ def _asked(
     before = 0
     if not config.compute.score_sharded:  # ranks keep their results themselves
         for name, tasks in questions.items():
-            paths = [_part(out, asked, task) for task in tasks]
+            paths = [_part(config, out, asked, task) for task in tasks]
             found[name] = [pq.read_table(path) for path in paths if path.is_file()]
             questions[name] = [task for task, path in zip(tasks, paths, strict=True) if not path.is_file()]
         before = sum(len(table) for tables in found.values() for table in tables)
@@ -161,7 +164,7 @@ def _asked(
         ):
             found["answers" if "answer" in table.column_names else "scores"].append(table)
             if not config.compute.score_sharded:
-                _write(table, _part(out, asked, table))
+                _write(table, _part(config, out, asked, table))
     return {name: pa.concat_tables(tables) for name, tables in found.items() if tables}
 
 
@@ -169,10 +172,12 @@ def _parts(out: Output, asked: Asked) -> Path:
     return out.path / WORK / f"{asked.name}-parts"
 
 
-def _part(out: Output, asked: Asked, table: pa.Table) -> Path:
-    """Where the result of one table of questions is kept, under a name that it shares with the questions."""
-    keys = table.select([name for name in _KEYS if name in table.column_names])
-    return _parts(out, asked) / f"{hashlib.sha256(repr(keys.to_pydict()).encode()).hexdigest()[:32]}.parquet"
+def _part(config: RunConfig, out: Output, asked: Asked, table: pa.Table) -> Path:
+    """Where the result of one table of questions is kept, under a name that it shares with the questions. What changes
+    an answer's noise or the rounding of its log-probs is part of it."""
+    keys = table.select([name for name in _KEYS if name in table.column_names]).to_pydict()
+    content = repr((keys, config.compute.device, config.evaluate.row_tokens))
+    return _parts(out, asked) / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.parquet"
 
 
 def pair_tables(pairs: pa.Table) -> list[pa.Table]:

@@ -22,6 +22,7 @@ from dpo_train.evaluate.statistics import (
     paired,
     sign_flip,
     spearman,
+    student_95,
     wilson,
 )
 from dpo_train.findings import Estimate, Paired
@@ -320,3 +321,9 @@ def test_bins_of_equal_mass() -> None:
 def test_groups_are_numbered_as_they_appear() -> None:
     """Not by name."""
     assert number_groups(["z", "a", "z", "m"]).tolist() == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (4, 2.7764), (8, 2.3060), (9, 2.2622), (30, 2.0423)])
+def test_students_quantile(freedom: int, expected: float) -> None:
+    """As tables have it."""
+    assert student_95(freedom) == pytest.approx(expected, rel=2e-3)
