@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dpo_train.cli import main
 from dpo_train.config import RunConfig, to_dict
 
 DPO = (str(Path(sys.executable).with_name("dpo")),)
@@ -62,6 +65,20 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         start_new_session=True,
         env={**os.environ, "RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", "PYTHONUNBUFFERED": "", **environment},
     )
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What ``dpo`` says, in this process, to a user's mistake: exit code 2 and no traceback."""
+    capfd.readouterr()
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse's way
+        code = int(end.code or 0)
+    said = capfd.readouterr()
+    text = " ".join((said.out + said.err).split())  # wherever the terminal breaks its lines
+    assert code == 2, text
+    assert "Traceback" not in text
+    return text
 
 
 def dpo(*arguments: str, store: Path | None = None, **environment: str) -> Finished:

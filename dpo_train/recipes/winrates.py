@@ -244,6 +244,11 @@ class _Asking:
     def everyone(self, place: int, policy: Artifact, untrained: str) -> _Set:
         sizes = self.flow.setting.sizes
         prompts = self._prompts(place)
+        if len(prompts) < sizes.num_heldout_prompts:
+            self.flow.notes.append(
+                f"recipe.num_heldout_prompts asks for {sizes.num_heldout_prompts}, and of source {place} there are "
+                f"{len(prompts)}"
+            )
         ask = functools.partial(rewards_of_chosen, self.config, prompts, inputs=self._inputs)
         return _Set(
             chosen=read_rewards(self.flow.step("answers: chosen", ask)),

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import Finished, dpo, write_config
+from dpo_train.config import load_config
+from dpo_train.stages import prepare
+from dpo_train.stages.executor import InProcess
+from tests.command import Finished, dpo, refused, write_config
 from tests.tiny import tiny_config
 
 
@@ -33,6 +36,12 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def prepared(config_file: Path, output: Path) -> Path:
+    """Pairs in a folder of that name."""
+    prepare(load_config(config_file), InProcess(), output=output)
+    return output
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -46,16 +55,16 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         ("train.label_smoothing=0.1 train.loss=ipo", "no meaning with the ipo loss"),
     ],
 )
-def test_wrong_value_is_named_before_anything_starts(config_file: Path, override: str, words: str) -> None:
+def test_wrong_value_is_named_before_anything_starts(
+    config_file: Path, capfd: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
     """The message names the key or path and what was expected."""
-    finished = dpo("run", str(config_file), *override.split(), "compute.executor=local")
-
-    check(finished, 2, words)
+    assert words in refused(capfd, "run", config_file, *override.split(), "compute.executor=local")
     assert not (config_file.parent / "store" / "prepare").exists()
 
 
 def test_missing_config_says_how_to_get_one(tmp_path: Path) -> None:
-    """`dpo init` is the way."""
+    """`dpo init` is the way. In a process of its own, as all of these are for a person."""
     check(dpo("run", str(tmp_path / "none.yaml")), 2, "dpo init")
 
 
@@ -68,44 +77,48 @@ def test_missing_config_says_how_to_get_one(tmp_path: Path) -> None:
     ],
     ids=["empty", "binary", "other fields"],
 )
-def test_useless_data_file_is_explained(config_file: Path, tmp_path: Path, content: bytes, words: str) -> None:
+def test_useless_data_file_is_explained(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
     """Nothing to train on: the reasons, with an example."""
     (tmp_path / "pairs.jsonl").write_bytes(content)
 
-    finished = dpo("prepare", str(config_file), store=tmp_path / "store")
-
-    check(finished, 2, words)
+    assert words in refused(capfd, "prepare", config_file)
     assert list((tmp_path / "store").glob("*/*/record.json")) == []
 
 
-def test_folder_of_another_config_is_refused_with_the_difference(config_file: Path, tmp_path: Path) -> None:
+def test_folder_of_another_config_is_refused_with_the_difference(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """--output names a folder that holds pairs made with another template."""
-    output = tmp_path / "pairs"
-    assert dpo("prepare", str(config_file), "--output", str(output)).code == 0
+    output = prepared(config_file, tmp_path / "pairs")
     before = (output / "record.json").read_text()
 
-    finished = dpo("prepare", str(config_file), "prepare.template=plain", "--output", str(output))
+    text = refused(capfd, "prepare", config_file, "prepare.template=plain", "--output", output)
 
-    check(finished, 2, "template was 'chat', is now 'plain'")
+    assert "template was 'chat', is now 'plain'" in text
     assert (output / "record.json").read_text() == before
 
 
-def test_foreign_folder_is_refused_and_left_alone(config_file: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused_and_left_alone(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """--output names a folder with somebody's files."""
     output = tmp_path / "mine"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
 
-    check(dpo("prepare", str(config_file), "--output", str(output)), 2, "not an output of ours")
+    assert "not an output of ours" in refused(capfd, "prepare", config_file, "--output", output)
     assert (output / "thesis.tex").read_text() == "years of work"
 
 
-def test_input_of_the_wrong_stage_is_refused(config_file: Path, tmp_path: Path) -> None:
+def test_input_of_the_wrong_stage_is_refused(
+    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Pairs where scored pairs are wanted."""
-    output = tmp_path / "pairs"
-    assert dpo("prepare", str(config_file), "--output", str(output)).code == 0
+    output = prepared(config_file, tmp_path / "pairs")
 
-    check(dpo("sweep", str(config_file), "--scored", str(output)), 2, "output of another stage")
+    assert "output of another stage" in refused(capfd, "sweep", config_file, "--scored", output)
 
 
 def test_store_that_cannot_be_written(config_file: Path, tmpfs: Path) -> None:
@@ -117,8 +130,7 @@ def test_store_that_cannot_be_written(config_file: Path, tmpfs: Path) -> None:
 
 def test_full_disk_fails_the_run_and_leaves_nothing_complete(config_file: Path, tmpfs: Path) -> None:
     """The disk fills up while pairs are scored; the output does not count."""
-    pairs = tmpfs.parent / "pairs"
-    assert dpo("prepare", str(config_file), "--output", str(pairs)).code == 0
+    pairs = prepared(config_file, tmpfs.parent / "pairs")
     filler = tmpfs / "filler"
     filler.write_bytes(bytes(1024 * 1024 - 3 * os.statvfs(tmpfs).f_bsize))
     output = tmpfs / "scored"
@@ -144,19 +156,17 @@ def test_full_disk_under_the_whole_store(config_file: Path, tmpfs: Path) -> None
     assert "Traceback" not in finished.output
 
 
-def test_data_that_cannot_be_read(config_file: Path) -> None:
+def test_data_that_cannot_be_read(config_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A file of which the system shows nothing."""
     broken = config_file.parent / "broken.jsonl"
     broken.symlink_to("/proc/self/mem")
 
-    check(dpo("run", str(config_file), f"prepare.path={broken}"), 2, "is empty")
+    assert "is empty" in refused(capfd, "run", config_file, f"prepare.path={broken}")
 
 
-def test_overrides_may_follow_an_option(config_file: Path) -> None:
+def test_overrides_may_follow_an_option(config_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """argparse alone would refuse them."""
-    finished = dpo("run", str(config_file), "--name", "x", "train.bta=0.2")
-
-    check(finished, 2, "did you mean 'train.beta'")
+    assert "did you mean 'train.beta'" in refused(capfd, "run", config_file, "--name", "x", "train.bta=0.2")
 
 
 def check(finished: Finished, code: int, words: str) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
-from dpo_train.artifacts import Artifact
+from dpo_train.artifacts import Artifact, Output
 from dpo_train.config import FunctionJudge, RunConfig
 from dpo_train.errors import ConfigError, RunError
+from dpo_train.progress import Reporter
 from dpo_train.recipes.along import policy_after, steps_of
 from dpo_train.recipes.answers import (
     Answers,
@@ -31,6 +33,7 @@ from dpo_train.recipes.answers import (
 from dpo_train.recipes.contrasts import Mean
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.executor import InProcess
+from dpo_train.stages.measure_trial import measure_trial
 from tests.tiny import tiny_config
 
 LOCAL = InProcess()
@@ -131,6 +134,25 @@ def test_kl_is_the_evaluations(
     assert (reference.kl().value, reference.kl().high) == (0.0, 0.0)
 
 
+def test_a_sweeps_trial_and_answers_are_the_same_prompts_in_the_same_order(
+    config: RunConfig, scored: Artifact, along: list[tuple[int, Artifact]], tmp_path: Path
+) -> None:
+    """Differences between trials of a sweep and other policies are taken prompt by prompt."""
+    sweep = replace(config.sweep, num_prompts=8, select=replace(config.sweep.select, metric="reward"))
+    policy = along[-1][1]
+    trial = measure_trial(
+        replace(config, sweep=sweep), scored, policy, name="t", parameters={}, seed=0, executor=LOCAL,
+        out=Output(str(tmp_path)), reporter=Reporter(),
+    )  # fmt: skip
+    prompts = heldout_prompts(scored, "validation", 8)
+    said = read(asked(config, scored, prompts, policy))
+
+    assert len(prompts) > 4
+    for metric, values in (("kl", said.log_ratios()), ("reward", said.rewards())):
+        assert trial.deviations[metric] == pytest.approx(Mean.of(values).deviations_G, rel=1e-4, abs=1e-6)
+        assert len(set(np.round(trial.deviations[metric], 3))) > 2, "prompts differ"
+
+
 def test_rewards_are_of_the_answers_and_the_chosen_have_theirs(
     config: RunConfig, scored: Artifact, prompts: pa.Table
 ) -> None:
@@ -211,7 +233,7 @@ def test_a_judge_that_says_nothing_is_an_error() -> None:
         lambda: win_rate(outcomes(table, {"a": 1.0, "b": 1.0})),
         lambda: Mean.of(Answers(table=table).rewards()),
     ):
-        with pytest.raises(RunError, match="rewards none"):
+        with pytest.raises(RunError, match=r"rewards none|Too few answers"):
             call()
 
 

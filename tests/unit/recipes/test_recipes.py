@@ -15,7 +15,7 @@ from dpo_train.recipes.corpora import film_snippets
 from dpo_train.recipes.flow import Flow, read_lines
 from dpo_train.recipes.results import RESULTS_JSON, RESULTS_MD
 from dpo_train.recipes.snippets import judges_snippets, not_the_judges, policys_snippets
-from tests.command import dpo
+from tests.command import dpo, refused
 from tests.tiny import tiny_model
 
 COMMON = (
@@ -147,16 +147,14 @@ def test_win_rates_of_other_domains_and_own_data(model: Path, folder: Path, tmp_
             "rewards each answer by itself",
         ),
         (("dialogue", "evaluate.judge={kind: function, function: 'nowhere:f'}"), "nowhere"),
+        (("sentiment", "sweep.halving=2"), "which ends some of them before"),
         (("sentiment", "recipe.num_ppo_episodes=64", "recipe.num_prompts=4"), "PPO needs more prompts"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
-    model: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: str
 ) -> None:
-    done = dpo("recipe", *arguments, "--folder", str(tmp_path / "new"), "--model", str(model))
-
-    assert done.code == 2, done.output
-    assert expected in done.output
+    assert expected in refused(capfd, "recipe", *arguments, "--folder", tmp_path / "new", "--model", model)
     assert not (tmp_path / "new").exists()
 
 

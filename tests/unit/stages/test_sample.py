@@ -20,7 +20,7 @@ from dpo_train.errors import ConfigError, DataError, RunError
 from dpo_train.stages import prepare, sample
 from dpo_train.stages.executor import InProcess, TableFunction
 from dpo_train.stages.sample import ANSWERS_FILE, RANKED_FILE
-from tests.command import dpo, write_config
+from tests.command import dpo, refused, write_config
 from tests.tiny import tiny_config
 
 LOCAL = InProcess()
@@ -124,6 +124,8 @@ def test_what_was_answered_before_an_interruption_is_not_asked_again(config: Run
     unbroken = sample(replace(config, store=f"{tmp_path}-unbroken"), PROMPTS, LOCAL, count=5)
     assert (first.done, second.done) == (2, 2)
     assert resumed.record.digest == unbroken.record.digest
+    assert pq.read_table(resumed.file(ANSWERS_FILE)).equals(pq.read_table(unbroken.file(ANSWERS_FILE)))
+    assert resumed.file(RANKED_FILE).read_bytes() == unbroken.file(RANKED_FILE).read_bytes()
     assert {path.name for path in resumed.path.iterdir()} == {path.name for path in unbroken.path.iterdir()}
     assert not list(resumed.path.rglob("*-parts"))
 
@@ -156,7 +158,9 @@ def test_answers_that_nothing_tells_apart_are_an_error(config: RunConfig) -> Non
         sample(with_evaluate(config, judge=judge), PROMPTS, LOCAL, count=3)
 
 
-def test_the_command_writes_a_file_to_train_on(config: RunConfig, tmp_path: Path) -> None:
+def test_the_command_writes_a_file_to_train_on(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     prompts, target = tmp_path / "prompts.txt", tmp_path / "ranked.jsonl"
     prompts.write_text("tell me about the cat\n\ntell me about the sea\n", encoding="utf-8")
     written = write_config(config, tmp_path / "config.yaml")
@@ -167,9 +171,7 @@ def test_the_command_writes_a_file_to_train_on(config: RunConfig, tmp_path: Path
     records = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
     assert [len(record["answers"]) for record in records] == [4, 4]
     assert f"prepare.path={target}" in done.output
-    again = dpo("sample", written, prompts, target)
-    assert again.code == 2
-    assert "exists already" in again.output
+    assert "exists already" in refused(capfd, "sample", written, prompts, target)
 
 
 def test_a_text_may_hold_any_separator() -> None:
@@ -190,21 +192,18 @@ def test_a_text_may_hold_any_separator() -> None:
     ],
 )
 def test_a_file_without_prompts_is_refused(
-    config: RunConfig, tmp_path: Path, name: str, content: str, expected: str
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: str, expected: str
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
-    done = dpo("sample", write_config(config, tmp_path / "config.yaml"), tmp_path / name, tmp_path / "out.jsonl")
-
-    assert done.code == 2, done.output
-    assert expected in " ".join(done.output.split())
+    written = write_config(config, tmp_path / "config.yaml")
+    assert expected in refused(capfd, "sample", written, tmp_path / name, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_without_a_judge_the_command_says_so(config: RunConfig, tmp_path: Path) -> None:
+def test_without_a_judge_the_command_says_so(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "p.txt").write_text("tell me\n", encoding="utf-8")
     written = write_config(with_evaluate(config, judge=None), tmp_path / "config.yaml")
 
-    done = dpo("sample", written, tmp_path / "p.txt", tmp_path / "out.jsonl")
-
-    assert done.code == 2
-    assert "evaluate.judge" in done.output
+    assert "evaluate.judge" in refused(capfd, "sample", written, tmp_path / "p.txt", tmp_path / "out.jsonl")
