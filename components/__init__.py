@@ -19,9 +19,11 @@ WEBHOOK_SECRET = os.environ.get("DPO_WEBHOOK_SECRET", "dpo-webhook")
 SECRET_KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "HF_TOKEN",
+    "OPENAI_API_KEY",
 )
 """The Secret's keys, each the name of the environment variable that it becomes. All may be missing, and the Secret."""
 

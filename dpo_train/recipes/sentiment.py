@@ -315,8 +315,9 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
     ]
     if setting.sizes.num_ppo_episodes:
         found.append(
-            f"PPO has one seed, one KL coefficient and one learning rate ({setting.sizes.ppo_learning_rate:g}), tuned "
-            f"for nothing, and {setting.sizes.num_ppo_episodes} episodes"
+            f"PPO has one seed, so that no interval knows how much others would differ, one KL coefficient and one "
+            f"learning rate ({setting.sizes.ppo_learning_rate:g}), tuned for nothing, and "
+            f"{setting.sizes.num_ppo_episodes} episodes"
         )
     return tuple(found)
 
