@@ -237,6 +237,18 @@ def test_rights_of_kubeflows_tasks(place: Kube, lay: Callable[..., str]) -> None
     assert line(config, "task secret").status == "unchecked"
 
 
+def test_a_judges_key_that_tasks_do_not_get(place: Kube) -> None:
+    """Of a Secret's keys the pipeline's tasks get those of fixed names."""
+    judge = {"kind": "endpoint", "url": "http://judge/v1", "model": "m", "api_key_variable": "JUDGE_KEY"}
+    kubeflow = {"host": "http://127.0.0.1:1", "namespace": place.namespace}
+
+    found = line(config_for(place, kubeflow=kubeflow, evaluate={"judge": judge}), "task secret")
+
+    assert found.status == "fail"
+    assert "no JUDGE_KEY" in found.text
+    assert "OPENAI_API_KEY" in str(found.mend)
+
+
 def test_an_api_that_is_away(place: Kube, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says so, and the others that they could not be asked."""
     monkeypatch.setenv("KUBECONFIG", str(proxy.kubeconfig(tmp_path / "away", namespace=place.namespace)))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo_train.cluster.doctor.logins import TASKS_JUDGE_KEY
 from dpo_train.launch import INPUTS
 
 pytest.importorskip("kfp")
@@ -111,7 +112,7 @@ def test_logins_come_from_a_secret_that_may_be_missing(documents: list[dict[str,
             variables[given["secretName"]] = {each["envVar"] for each in given["keyToEnv"]}
         webhook = {"dpo-webhook": {"DPO_WEBHOOK_URL"}} if name == "exec-notify" else {}
         logins = variables.pop("dpo-credentials")
-        assert logins >= {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "OPENAI_API_KEY"}
+        assert logins >= {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", TASKS_JUDGE_KEY}
         assert "DPO_WEBHOOK_URL" not in logins
         assert variables == webhook
     assert not any("env" in each["container"] for each in pipeline["deploymentSpec"]["executors"].values())
