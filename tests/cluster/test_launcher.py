@@ -61,13 +61,16 @@ def test_a_field_that_this_cluster_does_not_know_is_refused_and_not_dropped(
     assert operator.find() is None
 
 
-def test_a_queue_is_no_trouble(launch: Launch, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_is_no_trouble(
+    launch: Launch, operator: Operator, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kueue suspends a job for as long as it has no room; that is told once, and nothing is looked for in it."""
     monkeypatch.setattr(module, "QUIET_S", 0.1)
     waiting = launch(queue="gpus")
     operator.created()
     operator.status("Suspended")
     until(lambda: waiting.told[-1:] == ["waiting in queue gpus"], "told of the queue")
+    until(lambda: proxy.count("GET", "watch") >= 4, "a watch that is opened again and again")
     operator.patch({"spec": {"suspend": False}})
     operator.status("")
     operator.status("Initializing")

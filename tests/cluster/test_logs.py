@@ -158,6 +158,8 @@ def test_a_submitter_that_hangs_does_not_keep_the_end(
     assert not waiting.result().succeeded
     operator.print(pod, "too late")
     operator.end_submitter(pod)
+    reader = f"logs of {operator.name}"
+    until(lambda: reader not in {thread.name for thread in threading.enumerate()}, "the reader's end")
     assert waiting.lines == ["a line"]
 
 

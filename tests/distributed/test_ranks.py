@@ -215,6 +215,13 @@ def test_ranks_agree_bit_for_bit(world: World, case: str) -> None:
         assert torch.equal(world.ranks[0][case]["change"], found[case]["change"])
 
 
+def without_first_accuracy(sums: torch.Tensor) -> torch.Tensor:
+    """The sums of all steps but for the accuracy of the first; the given ones stay as they are."""
+    kept = sums.clone()
+    kept[0, NAMES.index("rewards/accuracy")] = 0.0
+    return kept
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> None:
     """Sums, gradient norm and evaluation on each rank are those of all pairs.
@@ -222,12 +229,13 @@ def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> Non
     Before the first update all margins are zero but for rounding, which alone decides the accuracy there.
     """
     wanted = one[case]
-    assert wanted["sums"][:, -1].tolist() == [CASES[case].pairs] * STEPS
-    for sums in (wanted["sums"], *(found[case]["sums"] for found in world.ranks)):
-        sums[0, NAMES.index("rewards/accuracy")] = 0.0
+    wanted_sums = without_first_accuracy(wanted["sums"])
+    assert wanted_sums[:, -1].tolist() == [CASES[case].pairs] * STEPS
     for found in world.ranks:
-        for name in ("sums", "norms", "evaluation"):
-            assert torch.allclose(found[case][name], wanted[name], rtol=1e-5, atol=2e-5), name
+        sums = without_first_accuracy(found[case]["sums"])
+        assert torch.allclose(sums, wanted_sums, rtol=1e-5, atol=2e-5)
+        assert torch.allclose(found[case]["norms"], wanted["norms"], rtol=1e-5, atol=0.0)
+        assert torch.allclose(found[case]["evaluation"], wanted["evaluation"], rtol=1e-5, atol=2e-5)
         if wanted["aux"][0] is not None:
             assert found[case]["aux"] == pytest.approx(wanted["aux"], rel=1e-5)
 
@@ -235,7 +243,7 @@ def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> Non
 def test_whole_training_equals_that_of_one_rank(world: World, one: dict[str, Any]) -> None:
     """The loop with AdamW, validation and checkpoints, two epochs.
 
-    Adam divides by the gradient's own size and so turns rounding into whole steps where a gradient is near zero: 1e-3.
+    Adam divides by the gradient's own size, which enlarges rounding where a gradient is near zero: still within 1e-5.
     """
     wanted = one["full fit" if world.sharded else "fit"]
     for found in world.ranks:
@@ -255,7 +263,7 @@ def test_each_share_is_written_by_its_rank_and_the_history_by_the_first(world: W
 def test_checkpoint_of_many_ranks_resumes_on_one(world: World, root: Path) -> None:
     """A resized run goes on where the other stopped: the same steps see the same pairs.
 
-    What is left to do is done with the same numbers as in the world that saved it, to rounding; 1e-3 as above.
+    What is left to do is done with the same numbers as in the world that saved it, to rounding; 1e-5 as above.
     """
     resumed = _fit(root, world.output / "stopped", Ranks(), sharded=world.sharded)
     assert len((world.output / "stopped" / "metrics.jsonl").read_text().splitlines()) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def tables(scored: Artifact) -> tuple[list[pa.Table], list[pa.Table]]:
     return [pairs.slice(start, 20) for start in (0, 20, 40)], prompts
 
 
-def work(job: MapJob, ranks: Ranks) -> None:
-    job.run(ranks)
+def work(jobs: Sequence[MapJob], ranks: Ranks) -> None:
+    for job in jobs:
+        job.run(ranks)
 
 
 @pytest.mark.parametrize(
@@ -67,16 +69,21 @@ def test_ranks_say_what_one_worker_says(
     build = functools.partial(_build, config, asked)
     alone = build(None)
 
-    for kind, each in zip(("pairs", "prompts"), tables(scored), strict=True):
-        job = MapJob(
+    jobs = [
+        MapJob(
             make=build, tables=each, sizes=list(map(len, each)), before=0, unit=kind, folder=kind,
             output=str(tmp_path / "out"), device="cpu", tensor_parallel=tensor_parallel, reporter=Reporter(),
-        )  # fmt: skip
-        spawn(world_size, tmp_path / kind, functools.partial(work, job))
-        for number, table in enumerate(each):
+        )
+        for kind, each in zip(("pairs", "prompts"), tables(scored), strict=True)
+    ]  # fmt: skip
+
+    spawn(world_size, tmp_path / "meeting", functools.partial(work, jobs))
+
+    for job in jobs:
+        for number, table in enumerate(job.tables):
             got, expected = pq.read_table(tmp_path / "out" / job.part_name(number)), alone(table)
             assert got["pair_id"].to_pylist() == expected["pair_id"].to_pylist()
-            if kind == "prompts":
+            if job.unit == "prompts":
                 assert got["answer_ids"].to_pylist() == expected["answer_ids"].to_pylist()
                 np.testing.assert_allclose(got["logps"], expected["logps"], rtol=1e-5)
             else:
@@ -111,7 +118,7 @@ def test_reference_scored_together_is_the_reference(tmp_path: Path) -> None:
 
     class TwoRanks(InProcess):
         def run_ranks(self, job: Any) -> None:
-            spawn(2, tmp_path / "meeting", functools.partial(work, job))
+            spawn(2, tmp_path / "meeting", functools.partial(work, [job]))
 
     config = tiny_config(tmp_path)
     pairs = prepare(config, LOCAL)

@@ -106,9 +106,9 @@ def _everything(root: Path, output: Path, ranks: Ranks, world: str) -> dict[str,
     return found
 
 
-def _in_world(root: Path, output: Path, world: str, ranks: Ranks) -> dict[str, Any]:
-    mesh = build_mesh(torch.device("cpu"), 2) if world == "tensor" else None
-    return _everything(root, output, replace(ranks, mesh=mesh), world)
+def _in_each_world(root: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    meshes = dict.fromkeys(WORLDS) | {"tensor": build_mesh(torch.device("cpu"), 2)}
+    return {world: _everything(root, root / world, replace(ranks, mesh=meshes[world]), world) for world in WORLDS}
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def found(root: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each rank found in each world. The same two processes do all of them: to start them takes longest."""
+    for name in WORLDS:
+        (root / name).mkdir()
+    return spawn(2, root / "found", _in_each_world, root)
+
+
 @pytest.fixture(scope="module", params=WORLDS)
-def world(root: Path, request: pytest.FixtureRequest) -> World:
+def world(root: Path, found: list[dict[str, dict[str, Any]]], request: pytest.FixtureRequest) -> World:
     """What each rank of a world found."""
     name = str(request.param)
-    output = root / name
-    return World(name, output, spawn(2, output, _in_world, root, output, name))
+    return World(name, root / name, [each[name] for each in found])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,29 +17,13 @@ from dpo_train.stages.executor import InProcess
 from dpo_train.stages.prepare import prepare
 from dpo_train.stages.register import register
 from dpo_train.stages.score_reference import score_reference
-from dpo_train.tracking import AwayError, RunLog, Tracking, TrackingError, client, run_log, send_left_behind
+from dpo_train.tracking import AwayError, RunLog, Tracking, TrackingError, run_log, send_left_behind
 from dpo_train.tracking.journal import FOLDER
 from tests.mlflow.made import made_policy, made_report
 from tests.s3.proxy import Kind, Proxy
 from tests.tiny import tiny_config
 
 LOG, CREATE = r"runs/log-batch", r"runs/create"
-
-
-@pytest.fixture(scope="module")
-def one_proxy(server: str) -> Iterator[Proxy]:
-    with Proxy(server, {}) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(one_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """A way to the server that does harm when told to; whoever waits for it waits a second."""
-    one_proxy.clear()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    monkeypatch.setattr(client, "QUICK_SECONDS", 1)
-    return one_proxy
 
 
 @pytest.fixture
@@ -158,6 +141,7 @@ def test_experiment_of_two_first_runs_is_one(config: RunConfig, proxy: Proxy, mo
     tracking = Tracking(replace(config, tracking=replace(config.tracking, experiment="of two")))
     proxy.fault("POST", r"experiments/create", "lost_answer", times=1)
     assert tracking.experiment_id() == tracking.client.get_experiment_by_name("of two").experiment_id
+    assert proxy.count("POST", r"experiments/create", "lost_answer") == 1
 
 
 def test_stage_that_stands_alone_does_not_begin_without_mlflow(config: RunConfig, proxy: Proxy, tmp_path: Path) -> None:
@@ -196,6 +180,9 @@ def test_glitch_at_the_very_end_leaves_nothing_behind(
     run.steps(steps(0), 1000)
     proxy.fault("POST", LOG, "slow_down", times=1)
     assert run.close() is None
+    assert proxy.count("POST", LOG, "slow_down") == 1
+    assert points(tracking, run.run_id) == [(1, 1.0, 1000)]
+    assert journals(tmp_path) == []
 
 
 def test_slow_server_does_not_hold_up_the_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from dpo_train.errors import UserError
 from dpo_train.registry import CHAMPION, LockedError, MovedError, Promotion, champion_before, lock, promote, rollback
 from dpo_train.registry.promote import HISTORY_TAG
+from dpo_train.tracking import _client
+from tests.s3.proxy import Proxy
 
 SPAWN = multiprocessing.get_context("spawn")
 ROUNDS = 20
@@ -151,7 +153,7 @@ def test_late_taker_cannot_move_the_lock_that_another_took_over(client: Any) -> 
 
     with lock.locked(client, name):
         mine = client.get_registered_model(lock.lock_name(name)).tags
-        with pytest.raises(Exception, match="exists"):
+        with pytest.raises(MlflowException, match="exists"):
             client.rename_registered_model(lock.lock_name(name), f"{lock.lock_name(name)}.expired-old")
         assert client.get_registered_model(lock.lock_name(name)).tags == mine
         with pytest.raises(LockedError, match=r"are being changed by \S+@\S+ \(process \d+\) since 20.* UTC"):
@@ -170,23 +172,21 @@ def test_lock_that_expired_long_ago_is_cleared_away(client: Any) -> None:
 
 
 def test_promotion_stands_where_old_locks_cannot_be_cleared_away(
-    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: Any, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of another user's lock the server says 403: a warning, and an error under the lock is still the one raised."""
     name = model(client, "not-ours", 1)
     client.create_registered_model(lock.lock_name(name), _tags("old", expires=time.time() - 3601))
-    delete = client.delete_registered_model
-
-    def refuse(wanted: str) -> None:
-        if "expired" in wanted:
-            raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
-        delete(wanted)
-
-    monkeypatch.setattr(client, "delete_registered_model", refuse)
-    assert promote(client, name, "1").version == "1"
-    assert "A lock of not-ours is left in MLflow and expires by itself: Permission denied" in caplog.text
-    with pytest.raises(ZeroDivisionError), lock.locked(client, name):
+    ours, delete = _client(proxy.endpoint), r"registered-models/delete$"
+    proxy.fault("DELETE", delete, "denied", times=1, skip=1)  # after that of our own lock
+    assert promote(ours, name, "1").version == "1"
+    assert re.search(r"A lock of not-ours is left in MLflow and expires by itself: .*403.*Access Denied", caplog.text)
+    caplog.clear()
+    proxy.fault("DELETE", delete, "denied", times=1, skip=1)
+    with pytest.raises(ZeroDivisionError), lock.locked(ours, name):
         1 / 0  # noqa: B018
+    assert "A lock of not-ours is left in MLflow" in caplog.text
+    assert (proxy.count("DELETE", delete, ""), proxy.count("DELETE", delete, "denied")) == (2, 2)
     assert [found.name for found in client.search_registered_models("name LIKE 'not-ours.lock%'")] == [
         "not-ours.lock.expired-old"
     ]
@@ -237,8 +237,6 @@ def received(pipe: Connection) -> Any:
 
 def _promoter(url: str, name: str, version: str, barrier: Any, told: Connection) -> None:
     """Promotes its version in every round, at the same moment as the other; says what came of it."""
-    from dpo_train.tracking import _client
-
     client = _client(url)
     for _ in range(ROUNDS):
         barrier.wait(WAIT_SECONDS)
@@ -286,8 +284,6 @@ def test_two_processes_promote_at_once(client: Any, server: str, abandoned: bool
 
 
 def _holder(url: str, name: str, told: Connection) -> None:
-    from dpo_train.tracking import _client
-
     with lock.locked(_client(url), name, lease_seconds=5):
         told.send("held")
         signal.pause()

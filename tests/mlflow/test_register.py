@@ -19,9 +19,10 @@ from dpo_train.errors import ConfigError, NotLearnedError, StoreError, UserError
 from dpo_train.model.load import load_policy
 from dpo_train.registry.versions import default_uri
 from dpo_train.stages.register import register
-from dpo_train.tracking import Tracking
+from dpo_train.tracking import Tracking, TrackingError
 from tests.mlflow.made import json_files, made_policy, made_report, read_card
 from tests.mlflow.test_promote import SPAWN, WAIT_SECONDS, received
+from tests.s3.proxy import Proxy
 from tests.tiny import CHAT_TEMPLATE, tiny_config
 
 QUESTION = [{"role": "user", "content": "tell me about the cat"}]
@@ -175,30 +176,28 @@ def test_same_report_is_the_same_version(
 
 
 def test_cut_short_registration_leaves_the_champion_and_is_completed(
-    config: RunConfig, policy: Artifact, report: Artifact, tracking: Tracking, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Killed after the upload there is no version; killed before the alias the next call sets it."""
-    client, of = tracking.client, renamed(config, "cut-short")
-    monkeypatch.setattr("dpo_train.registry.versions._create", _killed)
-    with pytest.raises(KeyboardInterrupt):
+    config: RunConfig, policy: Artifact, report: Artifact, proxy: Proxy
+) -> None:
+    """Ended after the upload there is no version; ended before the alias the next call sets it."""
+    of = renamed(config, "cut-short")
+    tracking = Tracking(dataclasses.replace(of, tracking=dataclasses.replace(of.tracking, uri=proxy.endpoint)))
+    client = tracking.client
+    proxy.fault("POST", r"registered-models/create$", "denied", times=1, skip=1)  # after that of the lock
+    with pytest.raises(TrackingError, match="403"):
         register(of, policy, report, tracking)
-    monkeypatch.undo()
+    assert proxy.count("POST", r"registered-models/create$", "denied") == 1
     assert client.search_model_versions("name = 'cut-short'") == []
     assert client.search_registered_models("name LIKE 'cut-short%'") == []
 
-    monkeypatch.setattr(client, "set_registered_model_alias", _killed)
-    with pytest.raises(KeyboardInterrupt):
+    proxy.fault("POST", r"registered-models/alias$", "denied", times=1)
+    with pytest.raises(TrackingError, match="403"):
         register(of, policy, report, tracking)
-    monkeypatch.undo()
+    assert [version.version for version in client.search_model_versions("name = 'cut-short'")] == ["1"]
     assert client.get_registered_model("cut-short").aliases == {}
 
     made = register(of, policy, report, tracking)
     assert made.record.details["version"] == "1"
     assert client.get_registered_model("cut-short").aliases == {"challenger": "1"}
-
-
-def _killed(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_lost_version_is_registered_again(
@@ -259,6 +258,10 @@ def test_fully_trained_plain_text_policy_goes_on_with_a_text(server: str, tracki
     with default_uri(server):
         (text,) = mlflow.pyfunc.load_model("models:/plain/1").predict(["the cat"])
     assert not text.startswith("the cat")
+
+
+def _killed() -> None:
+    raise KeyboardInterrupt
 
 
 def test_version_is_fetched_once_and_is_complete_or_absent(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from dpo_train.tracking import RunLog, Tracking, send_left_behind
 from dpo_train.tracking.journal import FOLDER
 from dpo_train.tracking.stage import tracked
 from tests.mlflow.test_outage import children, journals, points, steps
+from tests.mlflow.test_promote import SPAWN, received
 from tests.tiny import tiny_config
 
 RECORD = Record(stage="train", digest="x", config={}, inputs={}, code_version="x")
@@ -107,7 +107,7 @@ def _die_at_work(config: RunConfig, folder: Path) -> None:
 
 def test_run_of_a_process_that_was_killed_is_ended_by_the_next_stage(config: RunConfig, tmp_path: Path) -> None:
     """KILLED when it was last heard of, with its last points and the reason; a damaged journal is told beside it."""
-    process = multiprocessing.get_context("spawn").Process(target=_die_at_work, args=(config, tmp_path))
+    process = SPAWN.Process(target=_die_at_work, args=(config, tmp_path))
     process.start()
     process.join()
     [journal] = journals(tmp_path)
@@ -127,23 +127,21 @@ def test_run_of_a_process_that_was_killed_is_ended_by_the_next_stage(config: Run
     assert points(tracking, run.info.run_id) == [(1, 1.0, 1000)]
 
 
-def _wait_at_work(config: RunConfig, events: Path) -> None:
+def _wait_at_work(config: RunConfig, events: Path, told: Connection) -> None:
     with tracked(config, Tracking(config), "train", None, events):
         Reporter(str(events), "train").message("at work")
-        time.sleep(600)
+        told.send("at work")
+        signal.pause()
 
 
 @pytest.mark.slow
 def test_stage_that_is_terminated_says_so(config: RunConfig, tmp_path: Path) -> None:
     """SIGTERM, by which Kubernetes ends a task, is noted in MLflow before the process goes."""
     events = tmp_path / "events.jsonl"
-    process = multiprocessing.get_context("spawn").Process(target=_wait_at_work, args=(config, events))
+    pipe = SPAWN.Pipe()
+    process = SPAWN.Process(target=_wait_at_work, args=(config, events, pipe[1]))
     process.start()
-    deadline = time.monotonic() + 120
-    while not events.exists():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert received(pipe[0]) == "at work"
     process.terminate()
     process.join()
 

@@ -50,16 +50,14 @@ def config(direct: Server, here: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def refusal(config: RunConfig, folder: Path, capfd: pytest.CaptureFixture[str], *command: str) -> str:
-    """The one line of a command that is refused with exit code 2, in no more than a few seconds."""
+    """The one line of a command that is refused with exit code 2."""
     file = write_config(config, folder / "run.yaml")
-    begin = time.monotonic()
     code = main([command[0], str(file), *command[1:]])
     text = capfd.readouterr()
     assert (code, text.out) == (2, ""), text
     assert text.err.startswith("dpo: ")
     assert text.err.count("\n") == 1
     assert "Traceback" not in text.err
-    assert time.monotonic() - begin < 20
     return text.err
 
 

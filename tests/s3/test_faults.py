@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,14 +147,13 @@ def test_a_download_that_fails_leaves_no_file(
 def test_a_slow_body_is_given_up_and_asked_for_again(
     s3_server: Server, proxied: Proxy, bucket: str, kind: Kind
 ) -> None:
-    """Half of it and then silence; or ten bytes a second, no time-out of a socket and yet no way to read 3 MB."""
+    """Half of it and then silence; or ten bytes a second, no time-out of a socket and yet no way to read 3 MB: it
+    would take 83 hours."""
     s3_server.client().put_object(Bucket="faults", Key="x", Body=CONTENT)
     proxied.fault("GET", "/faults/x", kind, 2)
-    start = time.monotonic()
 
     assert storage.read_bytes(bucket + "/x") == CONTENT
     assert proxied.count("GET", "/faults/x", kind) == 2
-    assert time.monotonic() - start < 30  # the drip alone would take 83 hours
 
 
 def test_a_stream_survives_a_reset_in_each_of_its_ranges(s3_server: Server, proxied: Proxy, bucket: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_train import launch, storage
+from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.stages import prepare, score_reference, sft, train
 from dpo_train.stages.executor import InProcess
@@ -27,11 +28,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def here(config: RunConfig) -> Artifact:
+    """The model that SFT makes on local paths."""
+    return sft(config, prepare(config, LOCAL), LOCAL)
+
+
 def test_later_stages_on_other_machines_start_from_the_model_in_the_bucket(
-    s3_server: Server, proxied: Proxy, config: RunConfig, tmp_path: Path
+    s3_server: Server, proxied: Proxy, config: RunConfig, here: Artifact, tmp_path: Path
 ) -> None:
     """The same model as on local paths; found by its record, while every listing of the bucket lags behind."""
-    here = sft(config, prepare(config, LOCAL), LOCAL)
     remote = machine(replace(config, store=f"{s3_server.bucket('sft')}/store"), tmp_path / "one")
     pairs = prepare(remote, LOCAL)
     made = sft(remote, pairs, LOCAL)
@@ -50,12 +56,14 @@ def test_later_stages_on_other_machines_start_from_the_model_in_the_bucket(
     assert policy.record.metrics["first_loss"] == pytest.approx(0.69314718, rel=1e-5)
 
 
-def test_training_killed_before_its_record_goes_on_elsewhere(direct: Server, config: RunConfig, tmp_path: Path) -> None:
+def test_training_killed_before_its_record_goes_on_elsewhere(
+    direct: Server, config: RunConfig, here: Artifact, tmp_path: Path
+) -> None:
     """Another machine finds the last checkpoint in the bucket, trains nothing, and merges the adapters again."""
     remote = machine(replace(config, store=f"{direct.bucket('killed')}/store"), tmp_path / "one")
     pairs = prepare(remote, LOCAL)
     with pytest.raises(KeyboardInterrupt):
         sft(remote, pairs, Counting(dies_after_training=True))
     made = sft(machine(remote, tmp_path / "two"), pairs, LOCAL)
-    assert made.record.details == sft(config, prepare(config, LOCAL), LOCAL).record.details
+    assert made.record.details == here.record.details
     assert made.record.counts["steps"] == 4

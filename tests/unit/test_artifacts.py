@@ -238,7 +238,7 @@ def test_digest_of_a_folder_is_names_and_contents(tmp_path: Path) -> None:
 
 def test_digest_of_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     """Otherwise every missing path would have one and the same digest."""
-    with pytest.raises(OSError):
+    with pytest.raises(StoreError, match=r"There is nothing at .*/absent"):
         digest_path(tmp_path / "absent")
 
 

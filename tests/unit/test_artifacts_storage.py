@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def _holder(target: Path, release: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def _waits_for_a_lock(pid: int) -> bool:
+    """By the kernel's own list, where "->" stands before whoever waits."""
+    waits = rf"-> FLOCK +\S+ +\S+ +{pid} "
+    return re.search(waits, Path("/proc/locks").read_text()) is not None
+
+
 def test_second_producer_waits_and_reuses(tmp_path: Path) -> None:
     """Two processes on one output: one makes it, the other waits for it and makes nothing."""
     target, release = tmp_path / "out", tmp_path / "release"
@@ -63,8 +70,9 @@ def test_second_producer_waits_and_reuses(tmp_path: Path) -> None:
         with subprocess.Popen(
             [sys.executable, "-c", HOLD, str(target), str(release)], stdout=subprocess.PIPE, text=True
         ) as second:
-            time.sleep(1.5)
-            assert second.poll() is None
+            while not _waits_for_a_lock(second.pid):
+                assert second.poll() is None
+                time.sleep(0.01)
             release.touch()
             assert second.communicate(timeout=30)[0] == ""
             assert second.returncode == 0

@@ -74,7 +74,7 @@ def test_a_misspelt_field_is_not_valid() -> None:
     cron = of_kind(built("gpu"), "CronJob")["dpo-reaper"]
     cron["spec"]["concurencyPolicy"] = "Forbid"
 
-    with pytest.raises(validate.ValidationError):
+    with pytest.raises(validate.ValidationError, match="concurencyPolicy"):
         validate.validate(cron, VERSIONS[-1], strict=True)
 
 

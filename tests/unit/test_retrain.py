@@ -225,8 +225,13 @@ def test_promotion_under_way_for_too_long_fails_the_run(config: RunConfig, monke
     monkeypatch.setattr(retrain, "LOCK_SECONDS", 0.0)
     version = version_of(config, "p1")
 
-    with locked(Tracking(config).client, NAME), pytest.raises(registry.LockedError):
+    client = Tracking(config).client
+
+    with locked(client, NAME), pytest.raises(registry.LockedError, match=f"aliases of {NAME} are being changed"):
         settle(config, version, None, None)
+
+    assert [str(found.version) for found in client.search_model_versions(f"name = '{NAME}'")] == [version]
+    assert champion_is(config) is None
 
 
 def test_same_data_as_the_champion_s_is_nothing_to_do(config: RunConfig) -> None:

@@ -165,10 +165,17 @@ def test_a_device_is_no_file(tmp_path: Path) -> None:
         plan(SourceConfig(path=str(tmp_path / "x.jsonl")), 0)
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/x", "https://host/x.jsonl", "a\0b.jsonl"])
-def test_places_that_cannot_be_read(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gs://bucket/x", "gs://bucket/x is no place that can be read"),
+        ("https://host/x.jsonl", r"https://host/x\.jsonl is no place that can be read"),
+        ("a\0b.jsonl", "cannot be read: embedded null byte"),
+    ],
+)
+def test_places_that_cannot_be_read(path: str, message: str) -> None:
     """Other schemes, and what is no path."""
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=message):
         plan(SourceConfig(path=path), 0)
 
 

@@ -27,7 +27,7 @@ def test_batch_gives_what_each_gives_alone(tmp_path: Path, pad: str | None) -> N
 
     together = model(CONVERSATIONS)
 
-    assert together == pytest.approx([model([each])[0] for each in CONVERSATIONS], abs=1e-5)
+    assert together == pytest.approx([model([each])[0] for each in CONVERSATIONS], rel=5e-6)
     assert len(set(together)) == len(CONVERSATIONS)
 
 
@@ -42,7 +42,7 @@ def test_reward_is_the_models_own(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = plain(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
 
-    assert RewardModel(folder, device=CPU, max_tokens=256)([CONVERSATIONS[0]]) == pytest.approx([expected], abs=1e-5)
+    assert RewardModel(folder, device=CPU, max_tokens=256)([CONVERSATIONS[0]]) == pytest.approx([expected], rel=1e-5)
 
 
 def test_long_conversation_loses_its_start(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_long_conversation_loses_its_start(tmp_path: Path) -> None:
     long = [{"role": "user", "content": "song " * 100 + "the sea and the sun and the hill and the lamp"}]
     longer = [{"role": "user", "content": "rain " * 100 + "the sea and the sun and the hill and the lamp"}]
     one, same, other = model([(long, " it is warm"), (longer, " it is warm"), (long, " it is cold")])
-    assert one == pytest.approx(same, abs=1e-6)
-    assert one != pytest.approx(other, abs=1e-3)
+    assert one == pytest.approx(same, rel=5e-7)
+    assert one != pytest.approx(other, rel=1e-3)
 
 
 def test_length_is_what_the_model_reads(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_conversation_without_a_token_has_no_reward(tmp_path: Path) -> None:
     model = RewardModel(tiny_reward_model(tmp_path, chat_template=None), device=CPU, max_tokens=64)
     nothing, other = model([([], ""), (PROMPT, "x")])
     assert math.isnan(nothing)
-    assert [other] == pytest.approx(model([(PROMPT, "x")]), abs=1e-6)
+    assert [other] == pytest.approx(model([(PROMPT, "x")]), rel=1e-6)
 
 
 def test_model_without_one_output_is_refused(tmp_path: Path) -> None:

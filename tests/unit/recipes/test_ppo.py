@@ -13,7 +13,6 @@ import random
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -343,10 +342,13 @@ def test_answers_have_the_text_that_evaluation_gives_them(model: Path) -> None:
 
 def test_text_of_an_answer_is_without_its_end_and_without_what_is_no_token() -> None:
     """An end token that is no special token goes too, but only at the end."""
-    tokenizer = SimpleNamespace(eos_token_id=9, decode=lambda ids, skip_special_tokens: f" {ids} ")
-    assert answer_text(tokenizer, [9, 4, 11, 9], {4, 9}) == " [9, 4] "
-    assert answer_text(tokenizer, [4, 5], {4, 9}) == " [4] "
-    assert answer_text(tokenizer, [], {4}) == " [] "
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token_id = LIKED
+    cat, unknown = tokenizer(" cat it").input_ids
+    known = {LIKED, cat}
+    assert answer_text(tokenizer, [LIKED, cat, unknown, LIKED], known) == "z cat"
+    assert answer_text(tokenizer, [cat, unknown], known) == " cat"
+    assert answer_text(tokenizer, [], known) == ""
 
 
 def refused(model: Path, judge: Path, target: Path, prompts: list[list[int]] | None = None) -> None:

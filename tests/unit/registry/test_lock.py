@@ -28,11 +28,24 @@ class Nowhere:
     create_registered_model = get_registered_model = _absent
 
 
+class Clock:
+    """Moves by pauses alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_server_that_neither_makes_nor_shows_a_lock_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a while, and with pauses: in 0.3 s at a pause of 0.1 s there are at most 4 rounds of 2 requests."""
-    monkeypatch.setattr(lock, "GIVE_UP_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "POLL_SECONDS", 0.1)
-    client = Nowhere()
+    """After 30 s with pauses of 0.5 s: 61 rounds of 2 requests."""
+    clock, client = Clock(), Nowhere()
+    monkeypatch.setattr(lock.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(lock.time, "sleep", clock.sleep)
     with pytest.raises(RunError, match=r"m cannot be locked: MLflow does not make m\.lock"), lock.locked(client, "m"):
         pass
-    assert 4 <= client.requests <= 8
+    assert (clock.now, client.requests) == (30.0, 122)

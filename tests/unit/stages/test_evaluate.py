@@ -16,7 +16,7 @@ import pytest
 from dpo_train.artifacts import Artifact
 from dpo_train.config import EndpointJudge, FunctionJudge, RunConfig
 from dpo_train.data.shards import Split
-from dpo_train.errors import ConfigError
+from dpo_train.errors import ConfigError, RunError
 from dpo_train.findings import Champion
 from dpo_train.model.load import merged_model
 from dpo_train.stages import evaluate, prepare, score_reference, train
@@ -264,7 +264,7 @@ def test_how_fast_a_judge_is_asked_changes_no_identity(made: Made, monkeypatch: 
     judge = EndpointJudge(kind="endpoint", url="http://127.0.0.1:9/v1", model="m", attempts=1)
     addresses = set()
     for changes in ({}, {"parallel": 1, "max_requests": 3, "price_per_million_input": 2.0}, {"model": "other"}):
-        with pytest.raises(Exception, match="judge") as caught:
+        with pytest.raises(RunError, match="judge") as caught:
             evaluate(with_(config, judge=replace(judge, **changes)), scored, policy, LOCAL)
         assert "127.0.0.1:9" in str(caught.value)
     for claim in (Path(config.store) / "evaluate").glob("*/claim.json"):

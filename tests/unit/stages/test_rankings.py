@@ -16,7 +16,7 @@ from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.data.pairs import SCORED_SCHEMA, SPLITS
 from dpo_train.data.shards import Split, lengths
-from dpo_train.errors import ConfigError, DataError
+from dpo_train.errors import ConfigError, DataError, ModelError
 from dpo_train.metrics_file import METRICS_FILE, read_history
 from dpo_train.stages import evaluate, prepare, score_reference, train
 from dpo_train.stages.check import check_model_reads, check_rankings, check_reference, check_rows
@@ -200,7 +200,7 @@ def test_what_is_too_long_or_unscored_is_found_in_further_answers(scored: Artifa
         ({"vocab_size": 9999}, "token id 9999"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
-        with pytest.raises(Exception, match=words):
+        with pytest.raises(ModelError, match=words):
             check_model_reads(longer, tmp_path)
     message = f"1 of {len(pairs)} without one for each token of the answers from the third on, the first of them "
     with pytest.raises(DataError, match=message + pairs[place].pair_id):
