@@ -154,8 +154,9 @@ def stored_champion(config: RunConfig, tracking: Tracking, version: RegisteredVe
         digest = model_digest(with_model_of(str(out.path), config))
         return Summary(details={"model_name": version.name, "version": version.version, "model": digest})
 
-    # By the place: under one name and number another registry holds another model. Quantised it has another digest.
-    content = {"name": version.name, "quantization": config.model.quantization}
+    # By the place: under one name and number another registry holds another model. Its digest depends on the others.
+    model = config.model
+    content = {"name": version.name, "quantization": model.quantization, "precision": model.precision}
     made = make(config, "champion", content, {"version": version.place}, body, output=None)
     reporter.event(
         "end",

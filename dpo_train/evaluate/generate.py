@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from dpo_train.evaluate.samples import ANSWERS_SCHEMA
-from dpo_train.model.forward import autocast
 from dpo_train.model.load import Policy
 from dpo_train.model.shard import reshard
 
@@ -113,7 +112,7 @@ class AnswerPrompts:
         )
         seeds = [_seed(self._seed, row) for row in rows]
         choice = _Choice([row["temperature"] for row in rows], seeds, device)
-        with autocast(device), _gathered(self._policy):
+        with self._policy.autocast(), _gathered(self._policy), _contiguous_hidden_states(model):
             output_BT = model.generate(
                 ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
@@ -157,6 +156,18 @@ def _gathered(policy: Policy) -> Iterator[None]:
         yield
     finally:
         reshard(policy)
+
+
+@contextmanager
+def _contiguous_hidden_states(model: Any) -> Iterator[None]:
+    """Of the prompts, `generate` has logits made from a slice, the last position's. Frozen weights are then multiplied
+    once an answer: on CPUs 0.5 s for 64 answers and a vocabulary of 49,152, and 8 s in bf16, which copies them first.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Choice:

@@ -30,10 +30,10 @@ class RowLogps(NamedTuple):
 class PackedForward(nn.Module):
     """Decoder and vocabulary matrix over one row, logits never stored."""
 
-    def __init__(self, model: Any, layout: Layout, device: torch.device) -> None:
+    def __init__(self, model: Any, layout: Layout, device: torch.device, *, bf16: bool) -> None:
         super().__init__()
         self.model = model
-        self._layout, self._device = layout, device
+        self._layout, self._device, self._bf16 = layout, device, bf16
         self.static_tokens: int | None = None
         """Rows are padded to multiples of this, for layers that are compiled."""
 
@@ -43,7 +43,7 @@ class PackedForward(nn.Module):
         row = row if self.static_tokens is None else row.padded(self.static_tokens)
         experts = layout.experts if with_router else None
         # Each weight is used once a row: kept, its bf16 copy would outlive its use, whole on every rank under FSDP2.
-        with autocast(self._device, keep_casts=False):
+        with autocast(self._device, self._bf16, keep_casts=False):
             outputs = self.model.get_decoder()(
                 input_ids=row.input_ids_T[None],
                 position_ids=row.positions_T[None],
@@ -60,12 +60,12 @@ class PackedForward(nn.Module):
         return RowLogps(token_logps_A, squares_A, router)
 
 
-def autocast(device: torch.device, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
-    """bf16 compute on GPUs; fp32 on CPUs.
+def autocast(device: torch.device, bf16: bool, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
+    """Computes matrix products and attention in bf16, if so wanted; else everything in the weights' dtype, fp32.
 
     Args:
         keep_casts: bf16 copies of fp32 weights stay until the end, for weights that are used many times.
     """
-    if device.type != "cuda":
+    if not bf16:
         return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=keep_casts)
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=keep_casts)

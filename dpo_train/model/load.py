@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from dpo_train.model.adapters import (
     switched,
 )
 from dpo_train.model.attention import install
-from dpo_train.model.forward import PackedForward
+from dpo_train.model.forward import PackedForward, autocast
 from dpo_train.model.layout import Layout, layout_of
 from dpo_train.model.quantize import check_stored, load_options, take_rounded
 from dpo_train.model.save import write_model
@@ -48,6 +48,9 @@ class Policy:
     start: Path | None = None
     """Folder of the adapter that the model has before it is trained (``model.adapter``), where adapters are trained."""
 
+    bf16: bool = False
+    """Computed in bf16, whatever the dtype of its weights."""
+
     sharded: bool = False
     """Each rank holds a share of every weight (model/shard.py); all ranks must then do the same forwards."""
 
@@ -59,12 +62,16 @@ class Policy:
     @cached_property
     def packed(self) -> PackedForward:
         """The forward over packed rows; with FSDP2 the module that holds all weights."""
-        return PackedForward(self.model, self.layout, self.device)
+        return PackedForward(self.model, self.layout, self.device, bf16=self.bf16)
 
     @cached_property
     def layout(self) -> Layout:
         """Which masks its layers take, and how it makes logits."""
         return layout_of(self.model, self.folder)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What its forwards are computed in."""
+        return autocast(self.device, self.bf16)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name; fp32 always (see docs/architecture.md, decision 5)."""
@@ -132,7 +139,8 @@ def load_policy(
         raise ModelError("Quantised weights cannot be trained", fix="set train.lora, or leave model.quantization out")
     # A base under adapters is never updated, so it may be bf16. Weights that are or were trained have fp32 masters,
     # also when they are measured: what is evaluated is what gets registered.
-    dtype = torch.bfloat16 if device.type == "cuda" and not whole else torch.float32
+    bf16 = config.in_bf16(on_gpu=device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 and not whole else torch.float32
     model = (base or _load_base)(folder, config, dtype, device)
     layout_of(model, folder)  # refuses what cannot be masked
     start = adapter_folder(config.adapter) if config.adapter and not is_trained_model else None
@@ -148,7 +156,7 @@ def load_policy(
         parameter.requires_grad_(trainable and parameter not in held and (full_training or "lora_" in name))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Policy(model=model, adapters=adapters, folder=folder, device=device, start=start)
+    return Policy(model=model, adapters=adapters, folder=folder, device=device, start=start, bf16=bf16)
 
 
 def _trained(weights: Path | None) -> Path | None:
@@ -202,12 +210,12 @@ def save_policy(policy: Policy, target: Path, tokenizer: Any, state: dict[str, T
 
 
 def merged_model(config: ModelConfig, weights: Path) -> Any:
-    """The trained policy as a plain model on the CPU, adapters merged into the base weights.
+    """The trained policy as a plain model on the CPU, adapters merged in fp32 into the base weights as they were.
 
     Of a quantised base these are its 4-bit numbers written out, because it is with those that the policy was trained
     and measured.
     """
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), replace(config, precision="fp32")
     if config.quantization is None:
         policy = load_policy(config, device=device, weights=weights)
         return policy.adapters.merge_and_unload() if policy.adapters is not None else policy.model
@@ -235,7 +243,7 @@ def load_parameter_state(policy: Policy, state: dict[str, Tensor]) -> None:
 def _load_base(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options = load_options(device) if config.quantization else {}
+    options = load_options(config, device) if config.quantization else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

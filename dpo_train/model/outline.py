@@ -112,6 +112,7 @@ def fake_policy(
     mode: FakeTensorMode,
     *,
     dtype: torch.dtype,
+    bf16: bool,
     lora: LoraConfig | None,
     trainable: bool,
     lengths: Sequence[Sequence[int]],
@@ -124,6 +125,7 @@ def fake_policy(
         config: of few layers (``cut_config``).
         mode: gives the tensors.
         dtype: of the weights; what is trained is fp32 all the same.
+        bf16: what it is computed in. A CPU's autocast casts what a GPU's does, as far as a decoder goes.
         lengths: of each pair of the row that it will be asked for, the tokens of its prompt and answers.
         on_gpu: attention's memory is that of the GPU kernel, else that of attention pair by pair.
     """
@@ -143,7 +145,7 @@ def fake_policy(
             parameter.data = parameter.data.float()
     with mode:
         _onto_cpu(model)
-    policy = Policy(model=model, adapters=adapters, folder=Path(), device=torch.device("cpu"))
+    policy = Policy(model=model, adapters=adapters, folder=Path(), device=torch.device("cpu"), bf16=bf16)
     if not policy.layout.own_attention:
         AttentionInterface.register(_OUTLINE, _kernel if on_gpu else _pair_by_pair(lengths))
         AttentionMaskInterface.register(_OUTLINE, sdpa_mask)

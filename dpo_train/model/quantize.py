@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from dpo_train.config import ModelConfig
 from dpo_train.errors import MissingPackageError, ModelError
 
 
-def load_options(device: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: bf16 compute on GPUs, fp32 on CPUs.
+def load_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``, to compute in ``model.precision``.
 
     Raises:
         MissingPackageError: bitsandbytes is not installed.
@@ -26,6 +27,7 @@ def load_options(device: torch.device) -> dict[str, Any]:
         raise MissingPackageError("model.quantization=nf4 needs bitsandbytes", fix="pip install 'dpo-train[qlora]'")
     from transformers import BitsAndBytesConfig
 
+    bf16 = config.in_bf16(on_gpu=device.type == "cuda")
     return {
         # Quantised on the device itself: a whole base never stands in a GPU's memory.
         "device_map": {"": str(device)},
@@ -33,7 +35,7 @@ def load_options(device: torch.device) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         ),
     }
 

@@ -127,8 +127,9 @@ def train_memory(
     checkpointing = compute.activation_checkpointing
     accumulates = row.per_step > 1
     way = Way(
-        lora=fit.lora, checkpointing=checkpointing, on_gpu=device.is_gpu, trains=True, full_weights=fit.lora is None,
-        accumulates=accumulates and not plan.sharded, with_router=is_balanced(fit, plan.sizes),
+        lora=fit.lora, checkpointing=checkpointing, on_gpu=device.is_gpu, bf16=plan.bf16, trains=True,
+        full_weights=fit.lora is None, accumulates=accumulates and not plan.sharded,
+        with_router=is_balanced(fit, plan.sizes),
     )  # fmt: skip
     ways = [way]
     if compiled and checkpointing == "off":
@@ -200,6 +201,7 @@ class _Shares:
     layer_trained: float
     dequantised: float
     on_gpu: bool
+    bf16: bool
 
     @classmethod
     def of(cls, config: RunConfig, outline: Outline, fit: FitConfig, device: Device, *, trains: bool = True) -> _Shares:
@@ -213,7 +215,8 @@ class _Shares:
         parallel = compute.tensor_parallel if sharded else 1
         sizes = outline.cut(parallel, fit.frozen)
         num_cut = ranks // parallel if sharded else 1
-        stored: Stored = "fp32" if full or not device.is_gpu else "bf16"
+        bf16 = config.model.in_bf16(on_gpu=device.is_gpu)
+        stored: Stored = "bf16" if bf16 and not full else "fp32"
         base: Stored = "nf4" if config.model.quantization else stored
         adapters = () if fit.lora is None else outline.adapters(fit.lora)
         trained = sizes.trained if full else adapters
@@ -235,13 +238,14 @@ class _Shares:
             gradients=shares,
             optimiser=moments * shares,
             # Rotary embeddings leave keys in the dtype of the hidden states, fp32 under fp32 weights.
-            cache_bytes=sizes_kv * (8 if not device.is_gpu else 6 if full else 4),
+            cache_bytes=sizes_kv * (8 if not bf16 else 6 if full else 4),
             root=root,
             layer=layer + (0.0 if full else layer_trained),
             root_trained=root_trained,
             layer_trained=layer_trained,
             dequantised=max((2.0 * w.numel for w in sizes.weights if w.is_linear), default=0) * (base == "nf4"),
             on_gpu=device.is_gpu,
+            bf16=bf16,
         )
 
     def fixed(self) -> dict[str, float]:
@@ -301,8 +305,8 @@ def _forward_phases(plan: _Shares, peaks: Mapping[str, Peak]) -> dict[str, dict[
 
 
 def _forward(config: RunConfig, device: Device) -> Way:
-    lora = config.train.lora
-    return Way(lora=lora, checkpointing="off", on_gpu=device.is_gpu, trains=False, full_weights=lora is None)
+    lora, bf16 = config.train.lora, config.model.in_bf16(on_gpu=device.is_gpu)
+    return Way(lora=lora, checkpointing="off", on_gpu=device.is_gpu, bf16=bf16, trains=False, full_weights=lora is None)
 
 
 def _saves_between(config: RunConfig, workload: Workload, fit: FitConfig) -> bool:

@@ -111,8 +111,10 @@ def _memory(config: RunConfig, outline: Outline, device: Device, workload: Workl
 
 def _notes(config: RunConfig, device: Device) -> Iterator[str]:
     compute = config.compute
-    if not device.has_bf16:
+    if not device.has_bf16 and config.model.in_bf16(on_gpu=True):
         yield f"{device.name} has no bf16: the speed is that of its fp16, which this engine does not use"
+    if device.is_gpu and not config.model.in_bf16(on_gpu=True):
+        yield "model.precision=fp32: the times are those of bf16 and too short; GPUs take several times as long"
     if compute.workers > 1 and compute.executor == "local":
         yield "compute.executor=local is one worker, whatever compute.workers says"
     longest = config.prepare.max_prompt_tokens + 2 * config.prepare.max_answer_tokens

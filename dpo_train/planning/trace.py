@@ -49,7 +49,8 @@ class Way:
     lora: LoraConfig | None
     checkpointing: Literal["off", "selective", "full"]
     on_gpu: bool
-    """bf16 by autocast, and attention by a kernel; else fp32, pair by pair."""
+    """Attention by a kernel; else pair by pair."""
+    bf16: bool
     trains: bool
     """Forward and backward; else forward alone."""
     full_weights: bool
@@ -103,11 +104,11 @@ def trace(
 
 
 def _trace(config: Any, way: Way, row: Row, lengths: list[list[int]], *, trust: bool) -> dict[str, Counter[Kind]]:
-    dtype = torch.bfloat16 if way.on_gpu and not way.full_weights else torch.float32
+    dtype = torch.bfloat16 if way.bf16 and not way.full_weights else torch.float32
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     policy = fake_policy(
-        config, mode, dtype=dtype, lora=way.lora, trainable=way.trains, lengths=lengths, on_gpu=way.on_gpu,
-        trust_remote_code=trust,
+        config, mode, dtype=dtype, bf16=way.bf16, lora=way.lora, trainable=way.trains, lengths=lengths,
+        on_gpu=way.on_gpu, trust_remote_code=trust,
     )  # fmt: skip
     with mode:
         transform_layers(policy, checkpointing=way.checkpointing, compile=False, row_tokens=1)
@@ -118,8 +119,6 @@ def _trace(config: Any, way: Way, row: Row, lengths: list[list[int]], *, trust: 
         live = Live(parameters)
         marks = _Marks(live, layers(policy))
         with contextlib.ExitStack() as stack:
-            if way.on_gpu:  # a CPU's autocast casts what a GPU's does, as far as a decoder goes
-                stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False))
             stack.enter_context(_GroupedProducts())
             stack.enter_context(live)
             if not way.trains:

@@ -56,7 +56,10 @@ def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
     """
     if scored.record.inputs.get("model") != digest:
         model = config.model
-        options = {"model.adapter": model.adapter, "model.quantization": model.quantization}
+        precision = None if model.precision == "auto" else model.precision
+        options = {
+            "model.adapter": model.adapter, "model.quantization": model.quantization, "model.precision": precision,
+        }  # fmt: skip
         raise ConfigError(
             f"The pairs in {scored.home} were scored by another model than {model.path}"
             + "".join(f", {name}={value}" for name, value in options.items() if value is not None),
@@ -97,26 +100,28 @@ def check_adapter(config: RunConfig) -> None:
 def compute_dtype(config: RunConfig) -> str:
     """What log-probs are computed in; between bf16 and fp32 they differ by 0.4 nats RMS at answers of -1000.
 
-    On GPUs compute is bf16, over bf16 weights under adapters and fp32 masters otherwise.
+    Compute in bf16 is over bf16 weights under adapters and fp32 masters otherwise.
     """
     device: str = config.compute.device
     if device == "auto":
         from dpo_train.model.load import select_device
 
         device = select_device("auto").type
-    if device == "cpu":
+    if not config.model.in_bf16(on_gpu=device != "cpu"):
         return "float32"
     return "bfloat16" if config.train.lora is not None else "bfloat16 over float32 weights"
 
 
 def model_digest(config: RunConfig) -> str:
-    """Digest of the model before its training, which is the reference: its folder, its adapter, its 4-bit numbers."""
+    """Digest of the model before its training, the reference: its folder, adapter, 4-bit numbers and precision."""
     model = config.model
     parts = [weights_digest(model_folder(model.path))]
     if model.adapter is not None:
         parts.append(f"adapter {adapter_digest(adapter_folder(model.adapter))}")
     if model.quantization is not None:
         parts.append(f"quantization {model.quantization}")
+    if model.precision != "auto":
+        parts.append(f"precision {model.precision}")
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

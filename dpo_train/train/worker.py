@@ -97,7 +97,7 @@ def _save(job: TrainJob, policy: Policy, output: Path, ranks: Ranks) -> None:
     elif ranks.is_first:
         save_policy(policy, target, tokenizer)
     if is_merged and ranks.is_first:
-        # Merged on the CPU in fp32, into the base as it was: under adapters the base is bf16 on GPUs.
+        # On the CPU, in fp32 and into the base as it was, which the training may have had in bf16.
         write_model(merged_model(job.model, target), output / MODEL_FOLDER)
         tokenizer.save_pretrained(output / MODEL_FOLDER)
 

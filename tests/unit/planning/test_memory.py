@@ -232,6 +232,16 @@ def test_full_checkpointing_holds_bf16_copies_of_a_layer_and_without_it_of_the_m
     assert found[1] > 2 * 0.9 * linear
 
 
+def test_a_gpu_that_computes_in_fp32_holds_a_larger_base_and_no_copies(llama_8b: Outline) -> None:
+    """model.precision=fp32: 4 bytes a weight under adapters too."""
+    bf16, fp32 = (_run("train.lora={}", f"model.precision={name}") for name in ("auto", "fp32"))
+
+    small, large = (train_memory(c, llama_8b, H100, DIALOGUE, c.train).parts for c in (bf16, fp32))
+
+    assert large["weights"] == pytest.approx(2 * small["weights"], rel=0.02)
+    assert large.get("copies", 0) == 0
+
+
 def test_rmsprop_holds_one_moment(llama_8b: Outline) -> None:
     """AdamW two."""
     adamw, rmsprop = (_run(f"train.optimizer={name}") for name in ("adamw", "rmsprop"))

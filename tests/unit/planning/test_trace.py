@@ -23,7 +23,7 @@ from dpo_train.planning.rows import FullRow
 from dpo_train.planning.trace import Live, Way, trace
 
 ROW = FullRow(tokens=164, lengths=((40, 12, 12), (60, 20, 20)), per_step=1)
-WAY = Way(lora=None, checkpointing="off", on_gpu=False, trains=True, full_weights=True)
+WAY = Way(lora=None, checkpointing="off", on_gpu=False, bf16=False, trains=True, full_weights=True)
 LORA = LoraConfig(rank=4)
 
 
@@ -39,14 +39,17 @@ def real_peak(config: Any, way: Way) -> int:
     """The highest of the row's own bytes with real tensors, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    dtype = torch.bfloat16 if way.bf16 and not way.full_weights else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     install(model)
     adapters = None if way.lora is None else fresh_adapter(model, way.lora, 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(way.trains and (way.lora is None or "lora_" in name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
         if way.accumulates and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    policy = Policy(model=model, adapters=adapters, folder=Path(), device=torch.device("cpu"))
+    policy = Policy(model=model, adapters=adapters, folder=Path(), device=torch.device("cpu"), bf16=way.bf16)
     transform_layers(policy, checkpointing=way.checkpointing, compile=False, row_tokens=1)
     gc.collect()
     live, highest = Live(list(model.parameters())), [0]
@@ -77,6 +80,9 @@ def real_peak(config: Any, way: Way) -> int:
         {"lora": LORA, "full_weights": False},
         {"lora": LORA, "full_weights": False, "checkpointing": "full"},
         {"trains": False},
+        {"bf16": True},
+        {"bf16": True, "lora": LORA, "full_weights": False},
+        {"bf16": True, "trains": False},
     ],
     ids=str,
 )
@@ -102,7 +108,7 @@ def test_other_families_are_followed(kind: str) -> None:
 
 def test_a_gpu_keeps_about_half_and_a_bf16_copy_of_every_matrix() -> None:
     """Autocast keeps a copy of each fp32 matrix that it casts until the backward pass has used it: 2 bytes a weight."""
-    on_gpu = dataclasses.replace(WAY, on_gpu=True)
+    on_gpu = dataclasses.replace(WAY, on_gpu=True, bf16=True)
     lengths = [list(each) for each in ROW.lengths]
 
     gpu, cpu = (trace(_config(), way, ROW.build(), lengths)["head"] for way in (on_gpu, WAY))
