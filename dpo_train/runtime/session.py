@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dpo_train.config import ComputeConfig
-from dpo_train.errors import MissingPackageError, RunError
+from dpo_train.errors import MissingPackageError, RunError, first_line
 
 ADDRESS_KEY = "RAY_ADDRESS"
 
@@ -49,23 +49,29 @@ def import_ray() -> Any:
 
 
 def attach() -> Any:
-    """The ray module, connected: to RAY_ADDRESS if it is set, else to a Ray of this process's own."""
+    """The ray module, connected: to RAY_ADDRESS if it is set, else to a Ray of this process's own.
+
+    Raises:
+        RunError: it does not answer, or does not start.
+    """
     ray = import_ray()
+    address = os.environ.get(ADDRESS_KEY)
     if not ray.is_initialized():
         try:
             with own_signals():
                 ray.init(
-                    address=os.environ.get(ADDRESS_KEY) or "local",
+                    address=address or "local",
                     log_to_driver=False,
                     logging_level=logging.WARNING,
-                    include_dashboard=None if os.environ.get(ADDRESS_KEY) else False,
+                    include_dashboard=None if address else False,
                 )
-        except ConnectionError as error:
-            raise RunError(
-                f"Ray at {os.environ.get(ADDRESS_KEY)} does not answer",
-                got=str(error).splitlines()[0],
-                fix=f"start it, or unset {ADDRESS_KEY}",
-            ) from error
+        except Exception as error:  # Ray's own are bare ones
+            said = first_line(error)
+            if address:
+                fix = f"start it, or unset {ADDRESS_KEY}"
+                raise RunError(f"Ray at {address} does not answer", got=said, fix=fix) from error
+            fix = "look at its logs, in /tmp/ray/session_latest/logs; compute.executor=local needs no Ray"
+            raise RunError("Ray does not start on this machine", got=said, fix=fix) from error
     return ray
 
 
