@@ -25,11 +25,13 @@ test: $(READY) lint
 test-all: $(READY) lint test-extras
 	$(BIN)/pytest
 
-# What the lock leaves out, beside it: the last TRL with PPO, and 4-bit numbers.
+# What the lock leaves out, beside it: the last TRL with PPO, 4-bit numbers, and Kubeflow's executor message.
 EXTRAS := $(VENV)/extras
 test-extras: $(READY)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(EXTRAS) trl==1.12.0 bitsandbytes==0.50.2
-	PYTHONPATH=$(EXTRAS) $(BIN)/pytest tests/unit/recipes/test_ppo.py tests/unit/model/test_quantized.py
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(EXTRAS) trl==1.12.0 bitsandbytes==0.50.2 \
+	  kfp-kubernetes==2.17.0
+	PYTHONPATH=$(EXTRAS) $(BIN)/pytest tests/unit/recipes/test_ppo.py tests/unit/model/test_quantized.py \
+	  tests/kfp/test_compiled.py tests/unit/cluster/test_kubeflow_package.py
 
 setup: $(READY)
 

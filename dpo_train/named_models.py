@@ -7,7 +7,7 @@ champion, challenger, 3, ...    a registered version of register.model_name, by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_train import registry, storage
@@ -77,7 +77,7 @@ def registered(config: RunConfig, which: str) -> NamedModel:
         name=which,
         about=f"{found.name} version {found.version}",
         digest=found.digest,
-        model=ModelConfig(path=str(folder), trust_remote_code=config.model.trust_remote_code),
+        model=replace(config.model, path=str(folder), adapter=None, quantization=None),
     )
 
 
@@ -110,7 +110,7 @@ def starting_model(config: RunConfig, policy: Artifact) -> ModelConfig:
         raise ConfigError(
             f"{policy.home} was trained from another model than {config.model.path}",
             expected=f"the model with digest {wanted}",
-            fix="give the config that it was trained with",
+            fix="give the config that it was trained with, its model.precision as well",
         )
     return config.model
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -158,10 +158,17 @@ def tiny_config(folder: Path, **overrides: Any) -> RunConfig:
     return parse_config(json.dumps(tree), assignments, origin="the tiny config")
 
 
-def tiny_policy(folder: Path, *, lora: bool = True, trainable: bool = True, seed: int = 0) -> Policy:
+def tiny_policy(
+    folder: Path,
+    *,
+    lora: bool = True,
+    trainable: bool = True,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Policy:
     """The policy of a ``tiny_model`` folder on the CPU, with rank-4 adapters or (lora=False) with all weights."""
     return load_policy(
-        ModelConfig(path=str(folder)),
+        ModelConfig(path=str(folder), precision=precision),
         device=torch.device("cpu"),
         lora=LoraConfig(rank=4, alpha=8.0) if lora else None,
         trainable=trainable,

@@ -15,7 +15,8 @@ from dpo_train.config import SelectConfig
 from dpo_train.disk import write_atomically
 from dpo_train.evaluate.frontier_page import to_html
 from dpo_train.evaluate.frontier_picture import KL, METRICS, Mark, Picture, limits, picture
-from dpo_train.evaluate.trials import TRIALS_FILE, Choice, Trial, to_dict
+from dpo_train.evaluate.trials import Choice, Trial
+from dpo_train.evaluate.trials_file import TRIALS_FILE, to_dict
 
 FRONTIER_PNG = "frontier.png"
 FRONTIER_HTML = "frontier.html"

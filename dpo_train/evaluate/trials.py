@@ -8,7 +8,6 @@ G: groups of validation pairs, or prompts; the same for all trials of a sweep.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,9 @@ from typing import Any
 import numpy as np
 
 from dpo_train.config import SelectConfig
-from dpo_train.errors import RunError, StoreError
+from dpo_train.errors import RunError
 from dpo_train.evaluate.statistics import cluster_bootstrap
 from dpo_train.findings import Estimate
-
-TRIALS_FILE = "trials.json"
-SCHEMA_VERSION = 4
-"""Goes up when a key of trials.json is renamed, removed or added, or means something else."""
 
 Parameter = float | int | str
 
@@ -326,88 +321,3 @@ def _none_within(settings: Sequence[Setting], config: SelectConfig) -> RunError:
 def number(value: float) -> str:
     """Three digits behind the point, fewer of large numbers."""
     return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def to_dict(trials: Sequence[Trial], choice: Choice | None, config: SelectConfig) -> dict[str, Any]:
-    """The content of trials.json; what is not finite becomes None. Without a choice nothing could be chosen."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "select": dataclasses.asdict(config),
-        "trials": [trial_to_dict(trial) for trial in trials],
-        "chosen": None if choice is None else choice.trial.name,
-        "why_not": {} if choice is None else dict(choice.why_not),
-        "notes": [] if choice is None else list(choice.notes),
-    }
-
-
-def from_dict(content: Mapping[str, Any]) -> tuple[tuple[Trial, ...], Choice | None]:
-    """What ``to_dict`` was given.
-
-    Raises:
-        StoreError: of another schema version, or damaged.
-    """
-    again = "run the sweep again"
-    if (version := content.get("schema_version")) != SCHEMA_VERSION:
-        raise StoreError(f"{TRIALS_FILE} is of another schema version", got=version, expected=SCHEMA_VERSION, fix=again)
-    try:
-        trials = tuple(trial_from_dict(trial) for trial in content["trials"])
-        if content["chosen"] is None:
-            return trials, None
-        chosen = next(trial for trial in trials if trial.name == content["chosen"])
-        return trials, Choice(trial=chosen, why_not=content["why_not"], notes=tuple(content["notes"]))
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise StoreError(f"{TRIALS_FILE} is damaged: {type(error).__name__}: {error}", fix=again) from None
-
-
-def trial_to_dict(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON types."""
-    content: dict[str, Any] = dataclasses.asdict(trial)
-    for each in (content, *content["points"]):
-        each["deviations"] = deviations_to_dict(each["deviations"])
-    finite: dict[str, Any] = _finite(content)
-    return finite
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no infinity: an estimate that is not finite is none."""
-    if isinstance(content, list | tuple):
-        return [_finite(each) for each in content]
-    if not isinstance(content, dict):
-        return content
-    if content.keys() == {"value", "low", "high", "n"} and not all(map(math.isfinite, content.values())):
-        return None
-    return {name: _finite(each) for name, each in content.items()}
-
-
-def trial_from_dict(content: Mapping[str, Any]) -> Trial:
-    """The trial."""
-    return Trial(
-        **{
-            **content,
-            **{name: estimate_from_dict(content[name]) for name in NUMBERS},
-            "deviations": deviations_from_dict(content["deviations"]),
-            "points": tuple(
-                Point(
-                    step=point["step"],
-                    **{name: estimate_from_dict(point[name]) for name in NUMBERS},
-                    deviations=deviations_from_dict(point["deviations"]),
-                )
-                for point in content["points"]
-            ),
-        }
-    )
-
-
-def deviations_to_dict(deviations: Mapping[str, Sequence[float]]) -> dict[str, str]:
-    """By metric one text, which is one line of a file."""
-    return {metric: " ".join(map(repr, values_G)) for metric, values_G in deviations.items()}
-
-
-def deviations_from_dict(content: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
-    """What ``deviations_to_dict`` was given."""
-    return {metric: tuple(map(float, text.split())) for metric, text in content.items()}
-
-
-def estimate_from_dict(content: Mapping[str, Any] | None) -> Estimate | None:
-    """The estimate, if there is one."""
-    return None if content is None else Estimate(**content)

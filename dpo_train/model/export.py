@@ -53,6 +53,7 @@ def export_policy(
 
 def _write_merged(config: ModelConfig, weights: Path, target: Path) -> None:
     """One model is in memory at a time; the last is what was written, so that the files are proven and not the plan."""
+    config = dataclasses.replace(config, precision="fp32")
     policy = load_policy(config, device=_CPU, weights=weights)
     ids_BT = _some_ids(policy.vocabulary)
     wanted = _logits(policy.model, ids_BT)

@@ -14,7 +14,7 @@ class Device:
     name: str
     memory_bytes: float | None
     tflops: float | None
-    """Dense, in bf16 on GPUs (fp16 where there is no bf16) and fp32 on CPUs."""
+    """Dense, in bf16 on GPUs (fp16 where there is no bf16); of CPUs what the user says."""
     bandwidth: float | None = None
     """Of its memory, bytes per second."""
     has_bf16: bool = True

@@ -217,7 +217,9 @@ class _Shares:
         num_cut = ranks // parallel if sharded else 1
         bf16 = config.model.in_bf16(on_gpu=device.is_gpu)
         stored: Stored = "bf16" if bf16 and not full else "fp32"
-        base: Stored = "nf4" if config.model.quantization else stored
+        base, written_out = stored, 0.0
+        if config.model.quantization:
+            base, written_out = ("nf4", 2.0) if bf16 else ("nf4, fp32", 4.0)
         adapters = () if fit.lora is None else outline.adapters(fit.lora)
         trained = sizes.trained if full else adapters
         moments = {"adamw": 2, "rmsprop": 1}[fit.optimizer]
@@ -243,7 +245,7 @@ class _Shares:
             layer=layer + (0.0 if full else layer_trained),
             root_trained=root_trained,
             layer_trained=layer_trained,
-            dequantised=max((2.0 * w.numel for w in sizes.weights if w.is_linear), default=0) * (base == "nf4"),
+            dequantised=written_out * max((w.numel for w in sizes.weights if w.is_linear), default=0),
             on_gpu=device.is_gpu,
             bf16=bf16,
         )

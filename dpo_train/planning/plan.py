@@ -133,8 +133,8 @@ def _notes_on_experts(config: RunConfig, sizes: Sizes, device: Device) -> Iterat
         "memory holds all of them"
     )
     if config.model.quantization is not None:
-        yield "experts stay in bf16: NF4 replaces linear modules, and a layer's experts are one tensor"
-    if config.train.lora is None and device.is_gpu:
+        yield "experts stay as they are: NF4 replaces linear modules, and a layer's experts are one tensor"
+    if config.train.lora is None and config.model.in_bf16(on_gpu=device.is_gpu):
         yield "experts that are trained are multiplied in fp32, which autocast does not change: it takes longer"
     if config.compute.workers > sizes.num_experts and (config.train.lora is None or config.compute.shard == "on"):
         yield (

@@ -24,7 +24,8 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 MOST_UNLIKE = 4
 """Layers without experts that a mixture may begin with: all of them are traced."""
 
-Stored = Literal["fp32", "bf16", "nf4"]
+Stored = Literal["fp32", "bf16", "nf4", "nf4, fp32"]
+"""Of NF4, what is not quantised is stored in what is computed in: bf16, or fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,9 @@ class Weight:
 
     def bytes_on(self, num_ranks: int, stored: Stored) -> float:
         """Of the rank that holds most: FSDP2 cuts the first dimension, and pads every share to the largest."""
-        if stored == "nf4" and self.is_linear:
+        if stored.startswith("nf4") and self.is_linear:
             return self.numel * NF4_BITS / 8
-        size = 4 if stored == "fp32" else 2
+        size = 4 if stored.endswith("fp32") else 2
         return float(math.ceil(self.shape[0] / num_ranks) * math.prod(self.shape[1:]) * size)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -45,15 +45,24 @@ class Mean:
         """
         is_there_G = ~np.isnan(values_G)
         n = int(is_there_G.sum())
+        value = float(values_G[is_there_G].mean()) if n else 0.0
+        return cls.measured(value, np.where(is_there_G, values_G - value, 0.0) / max(1, n), n)
+
+    @classmethod
+    def measured(cls, value: float, deviations_G: Floats, n: int) -> Mean:
+        """The same where the mean and its deviations are known.
+
+        Raises:
+            RunError: as above.
+        """
         if n < 2:
             raise RunError(
                 "Too few answers have a number to take a mean of",
-                got=f"{n} of {len(values_G)}",
+                got=f"{n} of {len(deviations_G)}",
                 expected="2, better all of them",
-                fix="mend evaluate.judge, which rewards the others with none",
+                fix="look at evaluate.judge, if it is a reward that they lack; at the policy, if it is a KL",
             )
-        value = float(values_G[is_there_G].mean())
-        return cls(value=value, deviations_G=np.where(is_there_G, values_G - value, 0.0) / n, n=n)
+        return cls(value=value, deviations_G=deviations_G, n=n)
 
     @classmethod
     def known(cls, value: float, prompts: int) -> Mean:
@@ -107,51 +116,57 @@ def combined(terms: Iterable[Term]) -> Estimate:
     return Estimate(value=value, low=value - half, high=value + half, n=n)
 
 
-def over_seeds(groups: Sequence[Sequence[Mean]], settings: Sequence[str], *, relative: bool = False) -> list[Mean]:
+def over_seeds(groups: Sequence[Sequence[Mean]], settings: Sequence[str], scales: Sequence[float]) -> list[Mean]:
     """The mean of each group's means, which differ in their seed alone.
 
-    Two seeds say little about the spread between seeds, and many groups of two say enough: it is taken to be the same
-    in all groups (``relative``: in proportion to their means, where these are above 1). Groups of one setting are the
-    same trainings at other steps, and count once for how well the spread is known.
+    Two seeds say little about the spread between seeds, and many groups of two say enough: it is taken to be in
+    proportion to the groups' scales. What the noise of answers makes seeds differ by is no part of it, because the
+    deviations have that. Groups of one setting are the same trainings at other steps, and count once for how well the
+    spread is known; so do settings of a small scale for little (Satterthwaite 1946).
     """
-    values = [fmean(one.value for one in group) for group in groups]
-    scales = [max(1.0, abs(value)) if relative else 1.0 for value in values]
-    num_differences = sum(len(group) - 1 for group in groups)
-    squares = sum(
-        sum(((one.value - value) / scale) ** 2 for one in group)
-        for group, value, scale in zip(groups, values, scales, strict=True)
-    )
-    seeds: dict[str, int] = {}
-    for group, setting in zip(groups, settings, strict=True):
-        seeds[setting] = max(seeds.get(setting, 1), len(group))
-    freedom = sum(number - 1 for number in seeds.values())
-    half = student_95(freedom) * math.sqrt(squares / num_differences) if freedom else 0.0
+    square, known = 0.0, dict.fromkeys(settings, 0.0)
+    freedoms = dict.fromkeys(settings, 0)
+    for group, setting, scale in zip(groups, settings, scales, strict=True):
+        square += _spread(group)
+        known[setting] += (len(group) - 1) * scale**2
+        freedoms[setting] = max(freedoms[setting], len(group) - 1)
+    half = 0.0
+    if (total := sum(known.values())) > 0:
+        freedom = total**2 / sum(known[name] ** 2 / freedoms[name] for name in known if freedoms[name])
+        half = student_95(int(freedom)) * math.sqrt(max(0.0, square) / total)
     return [
         Mean(
-            value=value,
+            value=fmean(one.value for one in group),
             deviations_G=np.mean([one.deviations_G for one in group], axis=0),
             n=min(one.n for one in group),
             between=half * scale / math.sqrt(len(group)),
         )
-        for group, value, scale in zip(groups, values, scales, strict=True)
+        for group, scale in zip(groups, scales, strict=True)
     ]
+
+
+def _spread(group: Sequence[Mean]) -> float:
+    """Sum of the squares by which seeds differ from their mean, without what their answers' noise adds to it."""
+    values, deviations_KG = np.array([one.value for one in group]), np.array([one.deviations_G for one in group])
+    n = min(one.n for one in group)
+    noise = n / (n - 1) * np.square(deviations_KG - deviations_KG.mean(axis=0)).sum()
+    return float(np.square(values - values.mean()).sum() - noise)
 
 
 def above_at_equal(name: str, start: Dot, line: Sequence[Dot], others: Sequence[Dot], *, method: str) -> list[Claim]:
     """Whether a method lies above another one's dots, each at its own KL, on the whole; nothing where it never comes
     to the KL of one of them.
 
-    A setting's way goes from the start over its dots in straight lines. Its height at a KL is the mean over the
-    settings whose ways pass that KL.
+    A setting's way goes from the start over its dots, by their KL, in straight lines; dots whose KLs cannot be told
+    apart are one, their mean. Its height at a KL is the mean over the settings whose ways pass that KL.
     """
-    ways: dict[str, list[Dot]] = {}
+    settings: dict[str, list[Dot]] = {}
     for dot in line:
-        ways.setdefault(dot.setting, [start]).append(dot)
-    for way in ways.values():
-        way.sort(key=lambda dot: dot.x.value)
+        settings.setdefault(dot.setting, []).append(dot)
+    ways = [[start, *_apart(dots)] for dots in settings.values()]
     compared = []
     for dot in others:
-        passing = [found for way in ways.values() if (found := _above(way, dot))]
+        passing = [found for way in ways if (found := _above(way, dot))]
         if passing:
             compared.append([(weight / len(passing), of, mean) for terms in passing for weight, of, mean in terms])
     if not compared:
@@ -159,6 +174,34 @@ def above_at_equal(name: str, start: Dot, line: Sequence[Dot], others: Sequence[
     text = f"{name} above {method} at equal KL (mean over {len(compared)} of {len(others)} points)"
     whole = ((weight / len(compared), of, mean) for terms in compared for weight, of, mean in terms)
     return [Claim(text=text, found=combined(whole))]
+
+
+def _apart(dots: Sequence[Dot]) -> list[Dot]:
+    """A setting's dots by KL, those together whose difference in KL may be the answers' noise alone: a slope between
+    them would be noise over nothing. How seeds err does not count, because it moves them all."""
+    together: list[list[Dot]] = []
+    for dot in sorted(dots, key=lambda dot: dot.x.value):
+        means = [replace(each.x, between=0.0) for each in (dot, *(map(_middle, together[-1:])))]
+        if together and combined(zip((1.0, -1.0), ("", ""), means, strict=True)).low <= 0:
+            together[-1].append(dot)
+        else:
+            together.append([dot])
+    return [_middle(each) for each in together]
+
+
+def _middle(dots: Sequence[Dot]) -> Dot:
+    if len(dots) == 1:
+        return dots[0]
+    x, y = (
+        Mean(
+            value=fmean(mean.value for mean in means),
+            deviations_G=np.mean([mean.deviations_G for mean in means], axis=0),
+            n=min(mean.n for mean in means),
+            between=fmean(mean.between for mean in means),
+        )
+        for means in ([dot.x for dot in dots], [dot.y for dot in dots])
+    )
+    return Dot(setting=dots[0].setting, step=None, x=x, y=y)
 
 
 def _above(way: Sequence[Dot], dot: Dot) -> list[Term]:

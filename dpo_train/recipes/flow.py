@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from dpo_train import launch
 from dpo_train.artifacts import Artifact, Output, Summary
 from dpo_train.config import RewardModelJudge, RunConfig, SourceConfig, parse_config, to_dict
@@ -134,6 +136,11 @@ class Flow:
         for name, number in made.record.counts.items():
             if number < (wanted := getattr(self.setting.sizes, name)):
                 self.notes.append(f"recipe.{name} asks for {wanted}, and there are {number}")
+
+    def tell_fewer_prompts(self, prompts: pa.Table, of: str) -> None:
+        """The same of held-out prompts, some of which may have made no pair."""
+        if len(prompts) < (wanted := self.setting.sizes.num_heldout_prompts):
+            self.notes.append(f"recipe.num_heldout_prompts asks for {wanted}, and of {of} there are {len(prompts)}")
 
     def step(self, name: str, body: Callable[[Executor], Artifact]) -> Artifact:
         """Work of the recipe that makes an output and is no arrow of the pipeline."""

@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated
 
 import numpy as np
@@ -29,9 +31,9 @@ from dpo_train.data.folder import model_folder, weights_digest
 from dpo_train.data.pairs import Message
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError
-from dpo_train.evaluate.trials import TRIALS_FILE
 from dpo_train.evaluate.trials import Point as TrialPoint
-from dpo_train.evaluate.trials import from_dict as trials_from_dict
+from dpo_train.evaluate.trials_file import TRIALS_FILE
+from dpo_train.evaluate.trials_file import from_dict as trials_from_dict
 from dpo_train.findings import Estimate
 from dpo_train.progress import Reporter
 from dpo_train.recipes.answers import Answers, answers, best_of_kl, heldout_prompts, read
@@ -47,6 +49,8 @@ from dpo_train.stages.sample import RANKED_FILE, sample
 from dpo_train.stages.sft import with_model_of
 
 TITLE = "Controlled sentiment generation"
+SMALLEST_KL = 0.05
+"""In nats. The spread between seeds is taken to be no smaller than at this KL."""
 FEWEST_EPISODES = 8
 """Of an update of PPO: TRL whitens the rewards of no fewer."""
 
@@ -91,6 +95,12 @@ def check(setting: Setting) -> None:
             got=", ".join(sweep.space) or "nothing to vary",
             fix="set sweep.betas=[...], and none of sweep.losses, learning_rates, epochs, lora_ranks",
         )
+    if sweep.select.metric != "reward":
+        raise ConfigError(
+            "The recipe sentiment draws rewards against KL, which a sweep asks for where it selects by reward",
+            got=f"sweep.select.metric={sweep.select.metric}",
+            fix="leave sweep.select.metric=reward",
+        )
     if sweep.halving is not None:
         raise ConfigError(
             "The recipe sentiment compares betas at the end of their trainings",
@@ -133,13 +143,15 @@ def run(flow: Flow) -> Results:
     swept = flow.stage("sweep", config, score_reference=scored)
     supervised = flow.stage("sweep", _supervised(config, sizes), score_reference=scored)
     prompts = heldout_prompts(scored, "validation", sizes.num_heldout_prompts)
+    flow.tell_fewer_prompts(prompts, "the snippets")
     inputs = {"scored": scored.record.digest}
     ask_often = functools.partial(answers, config, prompts, inputs=inputs, count=max(sizes.best_of))
     many = flow.step("best-of-N", ask_often)
     methods = {
         "SFT": [_asked_dot(read(many), "SFT")],
         **_trial_dots(
-            {"DPO": (swept, None), "Preferred-FT": (supervised, "sft"), "Unlikelihood": (supervised, "unlikelihood")}
+            {"DPO": (swept, None), "Preferred-FT": (supervised, "sft"), "Unlikelihood": (supervised, "unlikelihood")},
+            flow.notes,
         ),
         "best-of-N": list(_best_of(read(many), sizes.best_of)),
     }
@@ -172,11 +184,14 @@ def _supervised(config: RunConfig, sizes: Sizes) -> RunConfig:
     return dataclasses.replace(config, sweep=sweep)
 
 
-def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]]) -> dict[str, list[Dot]]:
+def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]], notes: list[str]) -> dict[str, list[Dot]]:
     """By method a dot per setting and step, over all seeds.
+
+    A seed moves a policy's KL in proportion to it, and its reward with the root: both start at nothing.
 
     Args:
         swept: by method its sweep, and its loss where the sweep varies that.
+        notes: gets which trainings failed.
     """
     found: dict[tuple[str, str, int], list[TrialPoint]] = {}
     for method, (sweep, loss) in swept.items():
@@ -186,12 +201,17 @@ def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]]) -> dict[str, l
                 continue
             beta = trial.parameters.get("beta")
             setting = method if beta is None else f"{method} beta {beta:g}"
+            if trial.failure is not None:
+                notes.append(f"a training of {setting} is missing where it should have gone on: {trial.failure}")
             for point in trial.points:
                 if point.kl is not None and point.reward is not None:
                     found.setdefault((method, setting, point.step), []).append(point)
     settings, points = [setting for _, setting, _ in found], list(found.values())
-    kls = over_seeds([[_mean(one, "kl") for one in each] for each in points], settings, relative=True)
-    rewards = over_seeds([[_mean(one, "reward") for one in each] for each in points], settings)
+    kl_groups = [[_mean(one, "kl") for one in each] for each in points]
+    scales = [max(SMALLEST_KL, fmean(one.value for one in group)) for group in kl_groups]
+    kls = over_seeds(kl_groups, settings, scales)
+    reward_groups = [[_mean(one, "reward") for one in each] for each in points]
+    rewards = over_seeds(reward_groups, settings, list(map(math.sqrt, scales)))
     dots: dict[str, list[Dot]] = {method: [] for method in swept}
     for (method, setting, step), kl, reward in zip(found, kls, rewards, strict=True):
         dots[method].append(Dot(setting=setting, step=step, x=kl, y=reward))
@@ -200,7 +220,7 @@ def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]]) -> dict[str, l
 
 def _mean(point: TrialPoint, metric: str) -> Mean:
     found: Estimate = getattr(point, metric)
-    return Mean(value=found.value, deviations_G=np.array(point.deviations[metric]), n=found.n)
+    return Mean.measured(found.value, np.array(point.deviations[metric]), found.n)
 
 
 def _asked_dot(said: Answers, label: str) -> Dot:
@@ -323,8 +343,9 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
 
 
 def _ends(dots: Sequence[Dot]) -> list[Dot]:
-    """The last dot of each setting."""
-    return list({dot.setting: dot for dot in sorted(dots, key=lambda dot: dot.step or 0)}.values())
+    """The last dot of each setting that came to the end."""
+    last = max(dot.step or 0 for dot in dots)
+    return [dot for dot in dots if dot.step == last]
 
 
 def _smaller_kl(dots: Sequence[Dot]) -> Iterator[Claim]:

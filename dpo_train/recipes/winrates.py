@@ -242,19 +242,14 @@ class _Asking:
     scored: Artifact
 
     def everyone(self, place: int, policy: Artifact, untrained: str) -> _Set:
-        sizes = self.flow.setting.sizes
         prompts = self._prompts(place)
-        if len(prompts) < sizes.num_heldout_prompts:
-            self.flow.notes.append(
-                f"recipe.num_heldout_prompts asks for {sizes.num_heldout_prompts}, and of source {place} there are "
-                f"{len(prompts)}"
-            )
+        self.flow.tell_fewer_prompts(prompts, set_names(self.config)[place])
         ask = functools.partial(rewards_of_chosen, self.config, prompts, inputs=self._inputs)
         return _Set(
             chosen=read_rewards(self.flow.step("answers: chosen", ask)),
             said={
                 "untrained": self._ask(place, "untrained", folder=untrained),
-                "Preferred-FT": self._ask(place, "Preferred-FT", count=sizes.best_of),
+                "Preferred-FT": self._ask(place, "Preferred-FT", count=self.flow.setting.sizes.best_of),
                 "DPO": self.policy(place, policy, "DPO"),
             },
         )

@@ -56,10 +56,7 @@ def check_same_model(config: RunConfig, digest: str, scored: Artifact) -> None:
     """
     if scored.record.inputs.get("model") != digest:
         model = config.model
-        precision = None if model.precision == "auto" else model.precision
-        options = {
-            "model.adapter": model.adapter, "model.quantization": model.quantization, "model.precision": precision,
-        }  # fmt: skip
+        options = {f"model.{name}": getattr(model, name) for name in ("adapter", "quantization", "precision")}
         raise ConfigError(
             f"The pairs in {scored.home} were scored by another model than {model.path}"
             + "".join(f", {name}={value}" for name, value in options.items() if value is not None),
@@ -71,7 +68,7 @@ def check_same_dtype(config: RunConfig, scored: Artifact) -> None:
     """A policy in fp32 against a reference in bf16 would differ by their rounding.
 
     Raises:
-        ConfigError: the pairs were scored on another kind of device.
+        ConfigError: the pairs were scored in another precision, or for another kind of training.
     """
     dtype = compute_dtype(config)
     if scored.record.config.get("compute_dtype") != dtype:
@@ -79,7 +76,7 @@ def check_same_dtype(config: RunConfig, scored: Artifact) -> None:
             f"The pairs in {scored.home} were scored in another dtype than the policy would be",
             got=scored.record.config.get("compute_dtype"),
             expected=dtype,
-            fix="evaluate where the pairs were scored (compute.device), or score them again here",
+            fix="evaluate as the pairs were scored (compute.device, train.lora), or score them again here",
         )
 
 
@@ -102,14 +99,18 @@ def compute_dtype(config: RunConfig) -> str:
 
     Compute in bf16 is over bf16 weights under adapters and fp32 masters otherwise.
     """
-    device: str = config.compute.device
-    if device == "auto":
-        from dpo_train.model.load import select_device
-
-        device = select_device("auto").type
-    if not config.model.in_bf16(on_gpu=device != "cpu"):
+    if not config.model.in_bf16(on_gpu=device_type(config) != "cpu"):
         return "float32"
     return "bfloat16" if config.train.lora is not None else "bfloat16 over float32 weights"
+
+
+def device_type(config: RunConfig) -> str:
+    """ "cpu" or "cuda": what ``compute.device`` means here."""
+    if config.compute.device != "auto":
+        return config.compute.device
+    from dpo_train.model.load import select_device
+
+    return select_device("auto").type
 
 
 def model_digest(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ all of it --gate.judge--> verdict ; report.json, report.html, answers.parquet, m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpo_train.artifacts import Artifact, Output, Summary, discard
-from dpo_train.config import EvaluateConfig, ModelConfig, RunConfig, to_dict
+from dpo_train.config import EvaluateConfig, RunConfig, to_dict
 from dpo_train.data.shards import Split, lengths, list_sums
 from dpo_train.errors import ConfigError, DataError
 from dpo_train.evaluate import judge as judging
@@ -80,8 +80,8 @@ def evaluate(
     Raises:
         StoreError: the policy was trained on other pairs than ``scored``.
         DataError: fewer held-out pairs than ``evaluate.min_heldout_pairs``.
-        ConfigError: a rule or the judge cannot be used; or the pairs were scored by another model, or on another kind
-            of device.
+        ConfigError: a rule or the judge cannot be used; or the pairs were scored by another model, or in another
+            precision.
     """
     check_made_from(policy, "scored", scored)
     beta = float(policy.record.details["beta"])
@@ -193,8 +193,9 @@ def _models(
     }
     if champion is not None:
         files = shared_copy(champion.fetch(), out)
-        folder = ModelConfig(path=str(out.path / CHAMPION), trust_remote_code=config.model.trust_remote_code)
-        models["champion"] = Asked(name="champion", model=folder, home=out.home, files=files)
+        place = str(out.path / CHAMPION)
+        theirs = replace(config.model, path=place, adapter=None, quantization=None)
+        models["champion"] = Asked(name="champion", model=theirs, home=out.home, files=files)
     return models
 
 

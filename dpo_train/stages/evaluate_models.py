@@ -26,7 +26,7 @@ from dpo_train.data.folder import model_folder
 from dpo_train.data.shards import lengths
 from dpo_train.data.tokens import load_tokenizer
 from dpo_train.progress import Reporter
-from dpo_train.stages.common import storage_options
+from dpo_train.stages.common import device_type, storage_options
 from dpo_train.stages.executor import Executor, TableFunction
 from dpo_train.stages.score_reference import unit_pairs
 from dpo_train.stages.with_model import load_model, map_with_model, most
@@ -176,7 +176,7 @@ def _part(config: RunConfig, out: Output, asked: Asked, table: pa.Table) -> Path
     """Where the result of one table of questions is kept, under a name that it shares with the questions. What changes
     an answer's noise or the rounding of its log-probs is part of it."""
     keys = table.select([name for name in _KEYS if name in table.column_names]).to_pydict()
-    content = repr((keys, config.compute.device, config.evaluate.row_tokens))
+    content = repr((keys, device_type(config), config.evaluate.row_tokens))
     return _parts(out, asked) / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.parquet"
 
 

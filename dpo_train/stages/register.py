@@ -88,7 +88,7 @@ def _check_trained_with(config: RunConfig, policy: Artifact, digest: str) -> Non
     Raises:
         ConfigError: the policy was trained with another.
     """
-    fix = "give the config that it was trained with"
+    fix = "give the config that it was trained with, its model.precision as well"
     if policy.record.inputs["model"] != digest:
         raise ConfigError(
             f"{policy.home} was trained from another model than {config.model.path}",

@@ -22,8 +22,9 @@ from dpo_train.disk import write_atomically
 from dpo_train.errors import ConfigError
 from dpo_train.evaluate import judge as judging
 from dpo_train.evaluate.frontier import write_frontier
-from dpo_train.evaluate.trials import TRIALS_FILE, Choice, Trial, select
-from dpo_train.evaluate.trials import to_dict as trials_to_dict
+from dpo_train.evaluate.trials import Choice, Trial, select
+from dpo_train.evaluate.trials_file import TRIALS_FILE
+from dpo_train.evaluate.trials_file import to_dict as trials_to_dict
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import make, model_digest
 from dpo_train.stages.evaluate_models import WORK

@@ -13,13 +13,11 @@ from dpo_train.evaluate.trials import (
     NUMBERS,
     Point,
     Trial,
-    deviations_from_dict,
-    estimate_from_dict,
     excess,
     pool_estimates,
     select,
-    trial_from_dict,
 )
+from dpo_train.evaluate.trials_file import point_from_dict, trial_from_dict
 from dpo_train.stages.measure_trial import accuracy_of
 from dpo_train.stages.sweep_space import Parameters, name_of
 
@@ -62,9 +60,7 @@ class Standing:
         """It stands at a rung. ``sizes_G``: pairs of each validation group."""
         self._count(result)
         accuracy = accuracy_of(self.metrics["validation/rewards/accuracy"], sizes_G)
-        sampled = {name: estimate_from_dict(found) for name, found in result["sampled"].items()}
-        found = deviations_from_dict(result["deviations"])
-        self.points = _joined(self.points, [Point(step=result["step"], accuracy=accuracy, **sampled, deviations=found)])
+        self.points = _joined(self.points, [replace(point_from_dict(result["point"]), accuracy=accuracy)])
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """It has come to its own end. The result may be another sweep's, which called the trial by another name."""
@@ -80,7 +76,7 @@ class Standing:
     def stop(self, reason: str) -> None:
         """It does not go on from its last rung, whose numbers are then its own."""
         last = self.points[-1]
-        self.trial = replace(self._at_rung(), stopped=reason, **_numbers(last), deviations=last.deviations)
+        self.trial = replace(self._at_rung(), stopped=reason, **_numbers(last))
 
     def _count(self, result: Mapping[str, Any]) -> None:
         self.metrics = result["metrics"]

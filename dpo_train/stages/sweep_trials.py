@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from dpo_train.artifacts import (
 from dpo_train.config import RunConfig
 from dpo_train.disk import is_locked, lock_path
 from dpo_train.errors import StoreError
-from dpo_train.evaluate.trials import deviations_to_dict, trial_to_dict
+from dpo_train.evaluate.trials import Point
+from dpo_train.evaluate.trials_file import point_to_dict, trial_to_dict
 from dpo_train.metrics_file import METRICS_FILE
 from dpo_train.progress import Reporter
 from dpo_train.stages.common import storage_options
@@ -127,7 +128,7 @@ class TrialTask:
 
         Returns:
             ``step`` and ``metrics`` (of the validation pairs) where it stands, and ``trial`` if it is finished, else
-            ``sampled`` and ``deviations``, what its answers show there; ``seconds`` that this call took.
+            ``point``, what its answers show there; ``seconds`` that this call took.
         """
         start = time.perf_counter()
         storage.use(storage_options(self.config))
@@ -137,9 +138,9 @@ class TrialTask:
             policy = self.train(executor)
         except Paused as paused:
             sampled = self._sampled(paused.step, executor, out)
+            point = Point(step=paused.step, **sampled.numbers, deviations=sampled.deviations)
             result: dict[str, Any] = {"step": paused.step, "metrics": dict(paused.metrics)}
-            result["sampled"] = {name: estimate and asdict(estimate) for name, estimate in sampled.numbers.items()}
-            result["deviations"] = deviations_to_dict(sampled.deviations)
+            result["point"] = point_to_dict(point)
         else:
             trial = measure_trial(
                 self.config, self.scored, policy, name=self.name, parameters=self.parameters, seed=self.seed,

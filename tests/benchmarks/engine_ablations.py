@@ -19,7 +19,6 @@ from dpo_train.config import TrainConfig
 from dpo_train.core.logprobs import token_logprobs
 from dpo_train.data.packing import pack
 from dpo_train.data.pairs import Logps, TokenPair
-from dpo_train.model.forward import autocast
 from dpo_train.model.load import Policy
 from dpo_train.model.rows import Row, build_row
 from dpo_train.model.score import row_logps, score_pairs
@@ -148,7 +147,7 @@ def _dense(policy: Policy, config: TrainConfig, _: Spec) -> Step:
     def ratios(pairs: Sequence[TokenPair]) -> Tensor:
         row = build_row(pairs).to(policy.device)
         head = policy.model.get_output_embeddings()
-        with autocast(policy.device):
+        with policy.autocast():
             outputs = policy.model.get_decoder()(
                 input_ids=row.input_ids_T[None], position_ids=row.positions_T[None], attention_mask=_dense_mask(row),
                 use_cache=False,

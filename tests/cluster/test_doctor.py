@@ -6,7 +6,6 @@ It cannot hold Kueue's CRDs, whose part is in tests/unit/cluster/test_doctor.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import secrets as random
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dpo_train.cli import doctor as command
+from dpo_train.cli import main
 from dpo_train.cluster import kube as kube_module
 from dpo_train.cluster.doctor import checks_of, installed, run
 from dpo_train.cluster.kube import Kube
@@ -288,11 +287,10 @@ def test_the_command_prints_lines_and_json(
         "tracking: {uri: 'sqlite:////data/mlflow.db'}\n"
         f"cluster: {{launcher: rayjob, image: 'a/b:1', namespace: {place.namespace}, volumes: {{/data: team}}}}\n"
     )
-    given = argparse.Namespace(config=path, overrides=[], json=False)
 
-    code = command.doctor(given)
+    code = main(["doctor", str(path)])
     text = capsys.readouterr().out
-    again = command.doctor(argparse.Namespace(**{**vars(given), "json": True}))
+    again = main(["doctor", str(path), "--json"])
     content = json.loads(capsys.readouterr().out)
 
     assert (code, again) == (2, 2)

@@ -54,6 +54,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     answers: int = 2
     checkpointing: Literal["off", "selective", "full"] = "off"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def tolerance(self) -> float:
+        """Relative. In bf16 a row of other pairs is rounded otherwise, with eight bits a number."""
+        return 1e-5 if self.precision == "fp32" else 2e-2
 
 
 CASES = {
@@ -67,6 +73,8 @@ CASES = {
     "experts": Case(5, "mixtral", options={"router_aux_loss": 0.5}),
     "a window and caps": Case(5, "gemma2"),
     "tied weights": Case(4, "qwen2"),
+    "bf16": Case(9, precision="bf16"),
+    "adapters on a base in bf16": Case(9, lora=True, precision="bf16"),
     "layers computed again": Case(5, checkpointing="full"),
     "layers computed again but for products": Case(5, checkpointing="selective"),
 }
@@ -84,8 +92,10 @@ def _pairs(folder: Path, count: int, answers: int = 2) -> list[TokenPair]:
     return with_reference(tiny_policy(folder, lora=False, trainable=False), pairs)
 
 
-def _policy(folder: Path, ranks: Ranks, sharded: bool, lora: bool) -> Policy:
-    policy = tiny_policy(folder, lora=lora)
+def _policy(
+    folder: Path, ranks: Ranks, sharded: bool, lora: bool, precision: Literal["fp32", "bf16"] = "fp32"
+) -> Policy:
+    policy = tiny_policy(folder, lora=lora, precision=precision)
     if sharded and ranks.world_size > 1:
         shard(policy)
     return policy
@@ -99,7 +109,7 @@ def _sgd(case: Case, root: Path, ranks: Ranks, sharded: bool) -> dict[str, Any]:
     """Weight changes and sums of a few steps at rate 1."""
     folder, config = root / case.family, replace(CONFIG, **case.options)
     pairs = _pairs(folder, case.pairs, case.answers)
-    policy = _policy(folder, ranks, sharded, case.lora)
+    policy = _policy(folder, ranks, sharded, case.lora, case.precision)
     transform_layers(policy, checkpointing=case.checkpointing, compile=False, row_tokens=config.row_tokens)
     before = _weights(policy)
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
@@ -194,11 +204,11 @@ def one(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_change_the_weights_as_one_does(world: World, one: dict[str, Any], case: str) -> None:
-    """Three steps of SGD at rate 1: changes agree to 1e-5 relative, on every rank."""
+    """Three steps of SGD at rate 1: changes agree on every rank, in fp32 to 1e-5 relative."""
     wanted = one[case]["change"]
     assert wanted.norm() > 0.1
     for found in world.ranks:
-        assert (found[case]["change"] - wanted).norm() <= 1e-5 * wanted.norm()
+        assert (found[case]["change"] - wanted).norm() <= CASES[case].tolerance * wanted.norm()
 
 
 def test_a_pair_left_out_would_be_noticed(root: Path, one: dict[str, Any]) -> None:
@@ -228,14 +238,14 @@ def test_metrics_are_global(world: World, one: dict[str, Any], case: str) -> Non
 
     Before the first update all margins are zero but for rounding, which alone decides the accuracy there.
     """
-    wanted = one[case]
+    wanted, rtol = one[case], CASES[case].tolerance
     wanted_sums = without_first_accuracy(wanted["sums"])
     assert wanted_sums[:, -1].tolist() == [CASES[case].pairs] * STEPS
     for found in world.ranks:
         sums = without_first_accuracy(found[case]["sums"])
-        assert torch.allclose(sums, wanted_sums, rtol=1e-5, atol=2e-5)
-        assert torch.allclose(found[case]["norms"], wanted["norms"], rtol=1e-5, atol=0.0)
-        assert torch.allclose(found[case]["evaluation"], wanted["evaluation"], rtol=1e-5, atol=2e-5)
+        assert torch.allclose(sums, wanted_sums, rtol=rtol, atol=2 * rtol)
+        assert torch.allclose(found[case]["norms"], wanted["norms"], rtol=rtol, atol=0.0)
+        assert torch.allclose(found[case]["evaluation"], wanted["evaluation"], rtol=rtol, atol=2 * rtol)
         if wanted["aux"][0] is not None:
             assert found[case]["aux"] == pytest.approx(wanted["aux"], rel=1e-5)
 

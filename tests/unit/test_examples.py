@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from dpo_train.config import FunctionJudge, RunConfig, load_config
 from dpo_train.data.prompts import read_prompt_lines
 from dpo_train.evaluate.judge.functions import find
-from dpo_train.recipes.corpora import Docstring, Package, Snippet
+from dpo_train.recipes.corpora import Package, Snippet
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -158,12 +160,25 @@ def test_prompts_are_of_our_own_two_parts_without_a_common_sentence(
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
-def test_prompts_are_the_same_every_time(name: str, assets: ModuleType) -> None:
+def test_prompts_are_the_same_every_time(name: str) -> None:
     """Whatever Python's hash seed is, since records' digests rest on it."""
-    first, second = (list(assets.prompts(name, "train")) for _ in range(2))
+    script = f"import json; from examples.assets import prompts; print(json.dumps(list(prompts({name!r}, 'train'))))"
+
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    )
 
     assert first == second
-    assert len({json.dumps(record) for record in first}) == len(first)
+    records = json.loads(first)
+    assert len({json.dumps(record) for record in records}) == len(records) > 0
 
 
 def test_a_slot_is_filled_in_by_every_value_once(assets: ModuleType) -> None:
@@ -211,15 +226,14 @@ def test_a_first_sentence_is_rejected_only_if_it_is_longer_than_the_summary(asse
 def test_no_package_is_in_two_files(assets: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Groups of two files are of different packages, whatever their splits."""
     monkeypatch.setattr(assets, "package_descriptions", lambda: _packages(40))
-    documented = [Docstring(name=f"d{i}", description=f"words {i}", synopsis=f"doc {i}") for i in range(6)]
-    monkeypatch.setattr(assets, "docstrings", lambda: documented)
     assets.make_example("summaries", tmp_path)
 
     names: list[str] = []
     for file in assets.EXAMPLES["summaries"]:
         for line in (tmp_path / file).read_text(encoding="utf-8").splitlines():
             names += json.loads(line)["group"].split("+")
-    assert len(names) == len(set(names)) == 46
+    # 40 packages, and 40 pairs of docstrings.
+    assert len(names) == len(set(names)) == 120
 
 
 def test_real_snippets_keep_films_in_groups(assets: ModuleType, tmp_path: Path) -> None:
@@ -245,7 +259,7 @@ def test_where_there_is_no_index_the_error_says_what_to_do(
     from dpo_train.recipes import corpora
 
     monkeypatch.setattr(assets, "package_descriptions", lambda: corpora.package_descriptions(tmp_path / "none"))
-    monkeypatch.setattr(assets, "make_model", lambda target: None)
+    (tmp_path / "made" / assets.MODEL_NAME).mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["assets.py", str(tmp_path / "made"), "--example", "summaries"])
 
     with pytest.raises(SystemExit, match=r"no index of package descriptions.*apt-get"):

@@ -42,8 +42,8 @@ MISNAMED = {
 PAIRS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
 """One of two is no login."""
 
-TASKS_JUDGE_KEY = "OPENAI_API_KEY"
-"""Of the names that a judge's key may have the one that the pipeline's tasks get (``components.SECRET_KEYS``)."""
+TASKS_JUDGE_KEYS = ("OPENAI_API_KEY", "HF_TOKEN")
+"""Of the names that a judge's key may have those that the pipeline's tasks get (``components.SECRET_KEYS``)."""
 
 _CLOSE = 0.88
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -70,10 +70,10 @@ def task_secret(kube: Kube, config: RunConfig) -> Answer:
     """The Secret of Kubeflow's tasks, which they can do without."""
     name = config.kubeflow.secret
     for variable in _wanted(config):
-        if variable != TASKS_JUDGE_KEY:
+        if variable not in TASKS_JUDGE_KEYS:
             return failed(
                 f"tasks of Kubeflow get no {variable}, which the judge needs",
-                f"call the key {TASKS_JUDGE_KEY} in Secret {name}, and set evaluate.judge.api_key_variable to that",
+                f"call the key {TASKS_JUDGE_KEYS[0]} in Secret {name}, and set evaluate.judge.api_key_variable to that",
             )
     keys = _keys(kube, name)
     if keys is None:

@@ -6,6 +6,8 @@ matchup --prompts.fill--> two questions --cache, else client.ask--> replies --pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -176,19 +178,24 @@ class _Run:
 def _in_thread(main: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run`` in a thread of its own, because a notebook has a loop running in this one. Ctrl-C cancels."""
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+    interrupted = threading.Event()
 
     async def run() -> T:
         task = asyncio.current_task()
         assert task is not None
         started.set_result((asyncio.get_running_loop(), task))
+        if interrupted.is_set():
+            task.cancel()
         return await main
 
     with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(lambda: asyncio.run(run()))
         try:
-            return result.result()
+            return pool.submit(lambda: asyncio.run(run())).result()
         except BaseException:
-            if not result.done():
+            # Wherever it comes, one of both sees the other: the task that it was interrupted, or this that it started.
+            interrupted.set()
+            if started.done():
                 loop, task = started.result()
-                loop.call_soon_threadsafe(task.cancel)
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and the task done
+                    loop.call_soon_threadsafe(task.cancel)
             raise

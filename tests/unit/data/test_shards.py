@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,15 @@ def output(tmp_path: Path) -> Artifact:
     return produce("score_reference", {}, {}, tmp_path / "out", body)
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """Where this test lays files out; the process's options are back after it."""
+    before = storage.options()
+    storage.use(storage.Options(cache=str(tmp_path / "cache")))
+    yield tmp_path / "cache"
+    storage.use(before)
+
+
 def _same(a: TokenPair, b: TokenPair) -> bool:
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "reference_chosen_logps", "reference_rejected_logps")
     return a.pair_id == b.pair_id and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
@@ -54,11 +63,10 @@ def _same(a: TokenPair, b: TokenPair) -> bool:
 
 @pytest.mark.parametrize("held", [True, False])
 def test_pair_by_pair_is_what_the_whole_table_holds(
-    output: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+    output: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
     """From any place, from the end, as a slice; held in memory, and mapped from a file that is laid out once."""
     monkeypatch.setattr(shards, "HELD_BYTES", 1 << 20 if held else 0)
-    storage.use(storage.Options(cache=str(tmp_path / "cache")))
     pairs = Split(output, "train").pairs()
     wanted = token_pairs(_table(0, 12))
     assert len(pairs) == 12
@@ -67,32 +75,31 @@ def test_pair_by_pair_is_what_the_whole_table_holds(
     assert [pair.pair_id for pair in pairs[5:9]] == [pair.pair_id for pair in wanted[5:9]]
     with pytest.raises(IndexError):
         pairs[12]
-    laid_out = sorted(file.name for file in (tmp_path / "cache").rglob("*.arrow"))
+    laid_out = sorted(file.name for file in cache.rglob("*.arrow"))
     assert laid_out == ([] if held else ["train-00000.arrow", "train-00001.arrow", "train-00002.arrow"])
 
 
-def test_mapped_file_is_used_again(output: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cache")
+def test_mapped_file_is_used_again(output: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second rank, or a resumed training, lays nothing out: the shards themselves may be gone."""
     monkeypatch.setattr(shards, "HELD_BYTES", 0)
-    storage.use(storage.Options(cache=str(tmp_path / "cache")))
     first = Split(output, "train").pairs()[3]
     for file in output.path.glob("*.parquet"):
         file.unlink()
     assert _same(Split(output, "train").pairs()[3], first)
 
 
-def test_shard_is_laid_out_row_group_by_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_laid_out_row_group_by_row_group(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """7 rows in groups of 3, 3 and 1: memory holds one group, and row number is still position."""
     monkeypatch.setattr(shards, "HELD_BYTES", 0)
     monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 3)
-    storage.use(storage.Options(cache=str(tmp_path / "cache")))
 
     def body(out: Output) -> Summary:
         out.write_json(SHARDS_FILE, manifest({"train": [write_shard(_table(0, 7), out.path / "train-00000.parquet")]}))
         return Summary()
 
     pairs = Split(produce("score_reference", {}, {}, tmp_path / "out", body), "train").pairs()
-    (file,) = (tmp_path / "cache").rglob("*.arrow")
+    (file,) = cache.rglob("*.arrow")
     with pa.ipc.open_file(str(file)) as laid_out:
         assert [laid_out.get_batch(i).num_rows for i in range(laid_out.num_record_batches)] == [3, 3, 1]
     wanted = token_pairs(_table(0, 7))
@@ -101,18 +108,15 @@ def test_shard_is_laid_out_row_group_by_row_group(tmp_path: Path, monkeypatch: p
     assert pairs.ids_digest == hashlib.sha256("\n".join(f"{i:016x}" for i in range(7)).encode()).hexdigest()
 
 
-def test_damaged_shard_leaves_nothing_laid_out(
-    output: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_shard_leaves_nothing_laid_out(output: Artifact, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its footer is sound, a page is not: the file is named, and no part of it is taken for the whole later."""
     monkeypatch.setattr(shards, "HELD_BYTES", 0)
-    storage.use(storage.Options(cache=str(tmp_path / "cache")))
     file = output.path / "train-00000.parquet"
     content = file.read_bytes()
     file.write_bytes(content[:4] + bytes(len(content) // 2 - 4) + content[len(content) // 2 :])
     with pytest.raises(StoreError, match=r"train-00000.parquet cannot be read"):
         Split(output, "train").pairs()
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
 def test_ids_digest_is_of_all_ids_in_order(output: Artifact) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -92,12 +93,9 @@ def _fifo(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        # The address of a socket is short.
-        before = Path.cwd()
-        os.chdir(path.parent)
+    # The address of a socket is short.
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
         server.bind(path.name)
-        os.chdir(before)
 
 
 def _in(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:

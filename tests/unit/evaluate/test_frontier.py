@@ -16,7 +16,8 @@ from dpo_train.config import SelectConfig
 from dpo_train.evaluate.frontier import FRONTIER_HTML, FRONTIER_PNG, write_frontier
 from dpo_train.evaluate.frontier_picture import KL, METRICS, limits, picture
 from dpo_train.evaluate.report_rows import number
-from dpo_train.evaluate.trials import TRIALS_FILE, Point, Trial, from_dict, select
+from dpo_train.evaluate.trials import Point, Trial, select
+from dpo_train.evaluate.trials_file import TRIALS_FILE, from_dict
 from tests.unit.evaluate.sweeps import CONFIG, estimate, sweep, trial
 
 

@@ -18,13 +18,12 @@ from dpo_train.evaluate.trials import (
     NUMBERS,
     Point,
     Trial,
-    from_dict,
     pool,
     pool_estimates,
     select,
     shown,
-    to_dict,
 )
+from dpo_train.evaluate.trials_file import from_dict, to_dict
 from dpo_train.findings import Estimate
 
 ACCURACY = SelectConfig()

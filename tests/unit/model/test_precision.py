@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dpo_train.config import LoraConfig, ModelConfig
+from dpo_train.model.export import export_policy
 from dpo_train.model.load import Policy, load_policy, merged_model, save_policy
 from dpo_train.model.rows import build_row
 from dpo_train.model.score import check_layout, row_logps
@@ -29,6 +31,16 @@ def _policy(folder: Path, precision: str, *, lora: bool = False) -> Policy:
 def _logps(policy: Policy) -> torch.Tensor:
     """Of every answer of the row."""
     return ROW.answer_sums(row_logps(policy, ROW).token_logps_A)
+
+
+def _trained(folder: Path) -> Policy:
+    """A Llama whose adapters have learned something; they are in ``trained``."""
+    policy = _policy(write(folder / "llama", FAMILIES["llama"]), "bf16", lora=True)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    save_policy(policy, folder / "trained", tiny_tokenizer())
+    return policy
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -69,13 +81,18 @@ def test_policy_that_learned_nothing_is_its_reference_bit_for_bit(tmp_path: Path
     assert torch.nn.functional.softplus(-0.1 * margins_P).tolist() == pytest.approx([math.log(2)] * len(margins_P))
 
 
+def test_what_is_exported_computes_what_was_trained(tmp_path: Path) -> None:
+    """In fp32, whatever the training's precision: the check of the written files would refuse bf16's rounding."""
+    policy = _trained(tmp_path)
+    config = ModelConfig(path=str(policy.folder), precision="bf16")
+    export_policy(config, tmp_path / "trained", tmp_path / "exported", tiny_tokenizer())
+    written = safetensors.torch.load_file(tmp_path / "exported" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {torch.float32}
+
+
 def test_adapters_are_merged_into_the_base_as_it_was(tmp_path: Path) -> None:
     """What is registered does not have the rounding of the computation in it."""
-    policy = _policy(write(tmp_path / "llama", FAMILIES["llama"]), "bf16", lora=True)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-    save_policy(policy, tmp_path / "trained", tiny_tokenizer())
+    policy = _trained(tmp_path)
     configs = [ModelConfig(path=str(policy.folder), precision=name) for name in ("bf16", "fp32")]  # type: ignore[arg-type]
     in_bf16, in_fp32 = (merged_model(config, tmp_path / "trained").state_dict() for config in configs)
     assert in_bf16.keys() == in_fp32.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_judge_compares_with_reference_data_and_best_of_several(
     of 3 wins no less often than the first of them."""
     (tmp_path / "length_judge.py").write_text("def reward(prompt, answer):\n    return len(answer)\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # on which the judge puts the folder
     config, scored, policy = made
     judge = FunctionJudge(kind="function", function="length_judge:reward")
 

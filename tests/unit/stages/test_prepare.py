@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -306,8 +306,21 @@ def test_store_in_the_data_folder_is_refused(config: RunConfig, tmp_path: Path) 
         prepare(with_data(config, tmp_path, path=str(tmp_path)), LOCAL)
 
 
+@pytest.fixture
+def zone() -> Iterator[Callable[[str], None]]:
+    """Sets this process's time zone; the machine's own is back after the test."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def use(name: str) -> None:
+            patch.setenv("TZ", name)
+            time.tzset()
+
+        yield use
+    time.tzset()
+
+
 def test_template_that_writes_the_day_makes_another_output_each_day(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, zone: Callable[[str], None]
 ) -> None:
     """Yesterday's pairs have yesterday's date in their tokens; an option that fixes the date makes them last."""
     turns = "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -316,16 +329,17 @@ def test_template_that_writes_the_day_makes_another_output_each_day(
     )
     (tmp_path / "dated").write_text(dated)
     data = str(write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(30)]))
-    digests: dict[str, list[str]] = {"today's": [], "fixed": []}
-    for day in ("2026-01-01", "2026-01-02"):
-        clock = SimpleNamespace(strftime=lambda _, day=day: day)
-        monkeypatch.setattr(sys.modules[prepare.__module__], "time", clock)
+    outputs: dict[str, list[Artifact]] = {"today's": [], "fixed": []}
+    for name_of_zone in ("EAST-14", "WEST12"):  # 26 hours apart: at no time is it the same day in both
+        zone(name_of_zone)
         for name, options in (("today's", None), ("fixed", {"date_string": "1 Jan 2026"})):
             changes = {"chat_template": str(tmp_path / "dated"), "template_options": options}
-            made = prepare(with_data(config, tmp_path, path=data, **changes), LOCAL)
-            digests[name].append(made.record.digest)
-    assert digests["today's"][0] != digests["today's"][1]
-    assert digests["fixed"][0] == digests["fixed"][1]
+            outputs[name].append(prepare(with_data(config, tmp_path, path=data, **changes), LOCAL))
+    east, west = outputs["today's"]
+    assert east.record.digest != west.record.digest
+    assert Split(east, "train").table(["prompt_ids"]) != Split(west, "train").table(["prompt_ids"])
+    east, west = outputs["fixed"]
+    assert east.record.digest == west.record.digest
 
 
 def test_limits_beyond_what_the_model_reads_are_told_at_once(

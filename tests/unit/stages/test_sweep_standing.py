@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dpo_train.config import RunConfig, SelectConfig
-from dpo_train.evaluate.trials import Point, Trial, trial_to_dict
+from dpo_train.evaluate.trials import Point, Trial
+from dpo_train.evaluate.trials_file import point_to_dict, trial_to_dict
 from dpo_train.findings import Estimate
 from dpo_train.stages.sweep_standing import Standing, over_budget, to_keep
 from tests.tiny import tiny_config
@@ -48,15 +48,11 @@ def estimate(value: float) -> Estimate:
 
 def paused(step: int, accuracy: float, kl: float | None) -> dict[str, Any]:
     """Its reward is 0.1 more than the KL."""
-    found = None if kl is None else asdict(estimate(kl))
-    reward = None if kl is None else asdict(estimate(kl + 0.1))
-    return {
-        "step": step,
-        "metrics": {"validation/rewards/accuracy": accuracy},
-        "sampled": {"kl": found, "length_ratio": found, "reward": reward, "win_rate": None},
-        "deviations": {"kl": "0.5 -0.5"},
-        "seconds": 1.5,
-    }
+    found = None if kl is None else estimate(kl)
+    reward = None if kl is None else estimate(kl + 0.1)
+    point = Point(step=step, kl=found, length_ratio=found, reward=reward, deviations={"kl": (0.5, -0.5)})
+    metrics = {"validation/rewards/accuracy": accuracy}
+    return {"step": step, "metrics": metrics, "point": point_to_dict(point), "seconds": 1.5}
 
 
 def test_a_step_stands_once_with_all_numbers_whoever_measured_it_last(config: RunConfig) -> None:

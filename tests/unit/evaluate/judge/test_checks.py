@@ -51,6 +51,7 @@ def test_secret_in_the_address_is_refused_and_not_shown(url: str) -> None:
 
 def test_key_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is not set is a mistake; one that holds what no header can is named, not shown."""
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"environment variable JUDGE_KEY is not set.*export JUDGE_KEY"):
         check(_endpoint(api_key_variable="JUDGE_KEY"))
     check(_endpoint(api_key_variable=""))
