@@ -95,7 +95,10 @@ class _Run:
         try:
             found = await asyncio.gather(*self._tasks)
         finally:
-            self._cancel()
+            # Again until they have ended: a library may lose a cancellation that comes while it connects.
+            while under_way := [task for task in self._tasks if not task.done()]:
+                self._cancel()
+                await asyncio.wait(under_way, timeout=1)
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await client.close()
         if self._reached is not None:
