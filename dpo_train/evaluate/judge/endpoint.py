@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,10 +95,7 @@ class _Run:
         try:
             found = await asyncio.gather(*self._tasks)
         finally:
-            # Again until they have ended: a library may lose a cancellation that comes while it connects.
-            while under_way := [task for task in self._tasks if not task.done()]:
-                self._cancel()
-                await asyncio.wait(under_way, timeout=1)
+            self._cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await client.close()
         if self._reached is not None:
@@ -193,7 +190,11 @@ def _in_thread(main: Coroutine[Any, Any, T]) -> T:
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            return pool.submit(lambda: asyncio.run(run())).result()
+            result = pool.submit(lambda: asyncio.run(run()))
+            # A signal that comes just before a wait for a lock is noticed when the wait ends, so no wait is long.
+            while not result.done():
+                wait((result,), timeout=1)
+            return result.result()
         except BaseException:
             # Wherever it comes, one of both sees the other: the task that it was interrupted, or this that it started.
             interrupted.set()
