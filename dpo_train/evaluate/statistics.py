@@ -28,7 +28,17 @@ FEW_GROUPS = 10
 Z_95 = 1.959963984540054
 
 _CELLS = 2_000_000  # of a block of resamples: 16 MB as float64
-_T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)  # Student's, 1 to 8 degrees of freedom
+_T_95 = (
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+)  # Student's, 1 to 9 degrees of freedom
 _ONE_VALUE_95 = 9.68
 
 
@@ -124,11 +134,13 @@ def percentiles(replicates_R: Floats, num_groups: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def student_95(freedom: int) -> float:
-    """Student's two-sided 95 % quantile; from 9 degrees of freedom on by Cornish and Fisher's expansion, right to
-    0.2 %."""
-    if freedom <= len(_T_95):
-        return _T_95[freedom - 1]
+def student_95(freedom: float) -> float:
+    """Student's two-sided 95 % quantile, of at least one degree of freedom; from 9 on by Cornish and Fisher's
+    expansion, right to 0.2 %; between whole numbers below its logarithm is nearly straight in 1 / freedom."""
+    if freedom < len(_T_95):
+        below = int(freedom)
+        share = (1 / below - 1 / freedom) * below * (below + 1)
+        return float(_T_95[below - 1] ** (1 - share) * _T_95[below] ** share)
     z = Z_95
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 

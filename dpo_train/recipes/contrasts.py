@@ -133,7 +133,7 @@ def over_seeds(groups: Sequence[Sequence[Mean]], settings: Sequence[str], scales
     half = 0.0
     if (total := sum(known.values())) > 0:
         freedom = total**2 / sum(known[name] ** 2 / freedoms[name] for name in known if freedoms[name])
-        half = student_95(int(freedom)) * math.sqrt(max(0.0, square) / total)
+        half = student_95(max(1.0, freedom)) * math.sqrt(max(0.0, square) / total)
     return [
         Mean(
             value=fmean(one.value for one in group),
@@ -157,8 +157,8 @@ def above_at_equal(name: str, start: Dot, line: Sequence[Dot], others: Sequence[
     """Whether a method lies above another one's dots, each at its own KL, on the whole; nothing where it never comes
     to the KL of one of them.
 
-    A setting's way goes from the start over its dots, by their KL, in straight lines; dots whose KLs cannot be told
-    apart are one, their mean. Its height at a KL is the mean over the settings whose ways pass that KL.
+    A setting's way goes from the start, whose KL is 0, over its dots, by their KL, in straight lines; dots whose KLs
+    cannot be told apart are one, their mean. Its height at a KL is the mean over the settings whose ways pass that KL.
     """
     settings: dict[str, list[Dot]] = {}
     for dot in line:

@@ -32,6 +32,7 @@ from dpo_train.data.pairs import Message
 from dpo_train.data.shards import Split
 from dpo_train.errors import ConfigError
 from dpo_train.evaluate.trials import Point as TrialPoint
+from dpo_train.evaluate.trials import Trial
 from dpo_train.evaluate.trials_file import TRIALS_FILE
 from dpo_train.evaluate.trials_file import from_dict as trials_from_dict
 from dpo_train.findings import Estimate
@@ -107,6 +108,12 @@ def check(setting: Setting) -> None:
             got=f"sweep.halving={sweep.halving}, which ends some of them before",
             fix="leave sweep.halving out",
         )
+    if setting.config.train.keep != "last" or setting.config.train.patience is not None:
+        raise ConfigError(
+            "The recipe sentiment compares policies after equally many steps",
+            got="train.keep or train.patience, which take some of them from before the end",
+            fix="leave both out",
+        )
     if sizes.num_ppo_episodes and not isinstance(judge, RewardModelJudge):
         raise ConfigError(
             "PPO learns from a reward model, and evaluate.judge is none",
@@ -149,8 +156,12 @@ def run(flow: Flow) -> Results:
     many = flow.step("best-of-N", ask_often)
     methods = {
         "SFT": [_asked_dot(read(many), "SFT")],
-        **_trial_dots(
-            {"DPO": (swept, None), "Preferred-FT": (supervised, "sft"), "Unlikelihood": (supervised, "unlikelihood")},
+        **trial_dots(
+            {
+                "DPO": (_trials(swept), None),
+                "Preferred-FT": (_trials(supervised), "sft"),
+                "Unlikelihood": (_trials(supervised), "unlikelihood"),
+            },
             flow.notes,
         ),
         "best-of-N": list(_best_of(read(many), sizes.best_of)),
@@ -184,18 +195,21 @@ def _supervised(config: RunConfig, sizes: Sizes) -> RunConfig:
     return dataclasses.replace(config, sweep=sweep)
 
 
-def _trial_dots(swept: Mapping[str, tuple[Artifact, str | None]], notes: list[str]) -> dict[str, list[Dot]]:
+def _trials(sweep: Artifact) -> tuple[Trial, ...]:
+    return trials_from_dict(json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8")))[0]
+
+
+def trial_dots(swept: Mapping[str, tuple[Sequence[Trial], str | None]], notes: list[str]) -> dict[str, list[Dot]]:
     """By method a dot per setting and step, over all seeds.
 
     A seed moves a policy's KL in proportion to it, and its reward with the root: both start at nothing.
 
     Args:
-        swept: by method its sweep, and its loss where the sweep varies that.
+        swept: by method its sweep's trials, and its loss where the sweep varies that.
         notes: gets which trainings failed.
     """
     found: dict[tuple[str, str, int], list[TrialPoint]] = {}
-    for method, (sweep, loss) in swept.items():
-        trials, _ = trials_from_dict(json.loads(sweep.file(TRIALS_FILE).read_text(encoding="utf-8")))
+    for method, (trials, loss) in swept.items():
         for trial in trials:
             if trial.parameters.get("loss") != loss:
                 continue
@@ -297,7 +311,7 @@ def _results(flow: Flow, config: RunConfig, methods: Mapping[str, Sequence[Dot]]
             text=f"{dot.label}: more reward than SFT",
             found=combined([(1.0, dot.setting, dot.y), (-1.0, start.setting, start.y)]),
         )
-        for dot in _ends(methods["DPO"])
+        for dot in ends(methods["DPO"])
     ]
     return Results(
         recipe="sentiment",
@@ -342,16 +356,16 @@ def _deviations(setting: Setting) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _ends(dots: Sequence[Dot]) -> list[Dot]:
+def ends(dots: Sequence[Dot]) -> list[Dot]:
     """The last dot of each setting that came to the end."""
-    last = max(dot.step or 0 for dot in dots)
+    last = max((dot.step or 0 for dot in dots), default=0)
     return [dot for dot in dots if dot.step == last]
 
 
 def _smaller_kl(dots: Sequence[Dot]) -> Iterator[Claim]:
     """Of neighbouring betas."""
-    ends = sorted(_ends(dots), key=lambda dot: float(dot.setting.split("beta ")[1]))
-    for small, large in itertools.pairwise(ends):
+    by_beta = sorted(ends(dots), key=lambda dot: float(dot.setting.split("beta ")[1]))
+    for small, large in itertools.pairwise(by_beta):
         names = [dot.setting.removeprefix("DPO ") for dot in (large, small)]
         found = combined([(1.0, small.setting, small.x), (-1.0, large.setting, large.x)])
         yield Claim(text=f"{names[0]} has a smaller KL than {names[1]}", found=found)

@@ -68,9 +68,11 @@ def attach() -> Any:
         except Exception as error:  # Ray's own are bare ones
             said = first_line(error)
             if address:
-                fix = f"start it, or unset {ADDRESS_KEY}"
-                raise RunError(f"Ray at {address} does not answer", got=said, fix=fix) from error
-            fix = "look at its logs, in /tmp/ray/session_latest/logs; compute.executor=local needs no Ray"
+                fix = f"start it with this version of Ray, or unset {ADDRESS_KEY}"
+                raise RunError(f"Ray at {address} cannot be used", got=said, fix=fix) from error
+            fix = (
+                "look at its logs, session_latest/logs in /tmp/ray (or RAY_TMPDIR); compute.executor=local needs no Ray"
+            )
             raise RunError("Ray does not start on this machine", got=said, fix=fix) from error
     return ray
 

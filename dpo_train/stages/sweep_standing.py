@@ -76,7 +76,7 @@ class Standing:
     def stop(self, reason: str) -> None:
         """It does not go on from its last rung, whose numbers are then its own."""
         last = self.points[-1]
-        self.trial = replace(self._at_rung(), stopped=reason, **_numbers(last))
+        self.trial = replace(self._at_rung(), stopped=reason, **_numbers(last), deviations=last.deviations)
 
     def _count(self, result: Mapping[str, Any]) -> None:
         self.metrics = result["metrics"]

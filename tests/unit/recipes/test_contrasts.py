@@ -163,8 +163,8 @@ def test_the_spread_grows_with_the_scale() -> None:
 
     spread = math.sqrt((2 * 0.05**2 + 2 * 1.0**2) / (0.15**2 + 10.0**2))
     factor = student_95(1) / math.sqrt(2)
-    assert small.between == pytest.approx(factor * spread * 0.15)
-    assert large.between == pytest.approx(factor * spread * 10)
+    assert small.between == pytest.approx(factor * spread * 0.15, rel=1e-2)
+    assert large.between == pytest.approx(factor * spread * 10, rel=1e-2)
 
 
 def test_steps_of_one_training_say_once_how_much_seeds_differ() -> None:

@@ -148,6 +148,8 @@ def test_win_rates_of_other_domains_and_own_data(model: Path, folder: Path, tmp_
         ),
         (("dialogue", "evaluate.judge={kind: function, function: 'nowhere:f'}"), "nowhere"),
         (("sentiment", "sweep.halving=2"), "which ends some of them before"),
+        (("sentiment", "train.keep=best"), "after equally many steps"),
+        (("sentiment", "sweep.select.metric=accuracy"), "leave sweep.select.metric=reward"),
         (("sentiment", "recipe.num_ppo_episodes=64", "recipe.num_prompts=4"), "PPO needs more prompts"),
     ],
 )
