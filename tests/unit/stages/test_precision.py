@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from dpo_train.artifacts import Artifact
 from dpo_train.config import RunConfig
 from dpo_train.errors import ConfigError
+from dpo_train.findings import Champion
+from dpo_train.model.load import merged_model
+from dpo_train.model.save import write_model
 from dpo_train.stages import evaluate, prepare, score_reference, sft, train
+from dpo_train.stages.evaluate import ChampionModel
 from dpo_train.stages.executor import InProcess
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_tokenizer
 
 LOCAL = InProcess()
 Made = tuple[RunConfig, Artifact, Artifact]
@@ -54,6 +61,25 @@ def test_precisions_are_not_mixed(made: Made, precision: str) -> None:
     config, scored, policy = made
     with pytest.raises(ConfigError, match=r"scored by another model|another dtype"):
         evaluate(_in(config, precision), scored, policy, LOCAL)
+
+
+def test_champion_is_asked_in_the_precision_of_the_policy(made: Made, tmp_path: Path) -> None:
+    """Rounding is no difference between two models."""
+    config, scored, policy = made
+    found = []
+
+    class Listening(InProcess):
+        def map_tables(self, make: Any, tables: Any, *, uses_model: bool) -> Iterator[pa.Table]:
+            found.append((make.args[1].name, make.args[1].model.precision))
+            return super().map_tables(make, tables, uses_model=uses_model)
+
+    write_model(merged_model(config.model, policy.path), tmp_path / "champion")
+    tiny_tokenizer().save_pretrained(tmp_path / "champion")
+    about = Champion(name="tiny", version="3", digest="d")
+    evaluate(
+        config, scored, policy, Listening(), champion=ChampionModel(about=about, fetch=lambda: tmp_path / "champion")
+    )
+    assert set(found) == {("policy", "bf16"), ("reference", "bf16"), ("champion", "bf16")}
 
 
 def test_sft_in_another_precision_is_another_output(tmp_path: Path) -> None:
