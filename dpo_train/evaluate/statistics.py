@@ -28,17 +28,8 @@ FEW_GROUPS = 10
 Z_95 = 1.959963984540054
 
 _CELLS = 2_000_000  # of a block of resamples: 16 MB as float64
-_T_95 = (
-    12.7062,
-    4.3027,
-    3.1824,
-    2.7764,
-    2.5706,
-    2.4469,
-    2.3646,
-    2.3060,
-    2.2622,
-)  # Student's, 1 to 9 degrees of freedom
+_T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+"""Student's two-sided 95 % quantiles, 1 to 9 degrees of freedom."""
 _ONE_VALUE_95 = 9.68
 
 

@@ -135,14 +135,18 @@ def over_seeds(groups: Sequence[Sequence[Mean]], settings: Sequence[str], scales
         freedom = total**2 / sum(known[name] ** 2 / freedoms[name] for name in known if freedoms[name])
         half = student_95(max(1.0, freedom)) * math.sqrt(max(0.0, square) / total)
     return [
-        Mean(
-            value=fmean(one.value for one in group),
-            deviations_G=np.mean([one.deviations_G for one in group], axis=0),
-            n=min(one.n for one in group),
-            between=half * scale / math.sqrt(len(group)),
-        )
+        _average(group, between=half * scale / math.sqrt(len(group)))
         for group, scale in zip(groups, scales, strict=True)
     ]
+
+
+def _average(means: Sequence[Mean], *, between: float) -> Mean:
+    return Mean(
+        value=fmean(mean.value for mean in means),
+        deviations_G=np.mean([mean.deviations_G for mean in means], axis=0),
+        n=min(mean.n for mean in means),
+        between=between,
+    )
 
 
 def _spread(group: Sequence[Mean]) -> float:
@@ -193,12 +197,7 @@ def _middle(dots: Sequence[Dot]) -> Dot:
     if len(dots) == 1:
         return dots[0]
     x, y = (
-        Mean(
-            value=fmean(mean.value for mean in means),
-            deviations_G=np.mean([mean.deviations_G for mean in means], axis=0),
-            n=min(mean.n for mean in means),
-            between=fmean(mean.between for mean in means),
-        )
+        _average(means, between=fmean(mean.between for mean in means))
         for means in ([dot.x for dot in dots], [dot.y for dot in dots])
     )
     return Dot(setting=dots[0].setting, step=None, x=x, y=y)
